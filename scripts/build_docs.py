@@ -1,0 +1,494 @@
+"""Build the HTML site from the notebooks: python scripts/build_docs.py [_site]
+
+Every notebook becomes a page. Where a notebook exports a definition, the page shows its signature, its parameters with
+their comments, and a link to its source; the code itself is folded away beneath. Nothing is imported or run, and nothing
+is fetched: the modules are read, the notebooks' outputs are shown as they are stored, and mathematics becomes MathML.
+The finished site is checked: every public name has an entry, and every internal link leads somewhere.
+"""
+
+import argparse
+import ast
+import hashlib
+import html
+import io
+import json
+import posixpath
+import re
+import shutil
+import sys
+import tempfile
+import tokenize
+from collections.abc import Iterator
+from configparser import ConfigParser
+from dataclasses import dataclass, field
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = "llamagym"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Modules, read and not imported
+
+
+@dataclass
+class Parameter:
+    name: str
+    annotation: str = ""
+    default: str = ""
+    comment: str = ""
+
+
+@dataclass
+class Entry:
+    "A public definition: what its entry on a page shows"
+
+    kind: str  # function, class, method, property, attribute, data
+    name: str  # as written after the module's name, e.g. Conversation.fork
+    signature: str = ""
+    doc: str = ""
+    parameters: list[Parameter] = field(default_factory=list)
+    returns: Parameter | None = None
+    members: list["Entry"] = field(default_factory=list)
+    flag: str = ""  # classmethod, staticmethod
+
+
+def comments_by_line(source: str) -> dict[int, tuple[str, bool]]:
+    "Line number → its comment, and whether the comment has the line to itself"
+    found = {}
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT:
+            found[token.start[0]] = token.string.lstrip("# ").strip(), not token.line[: token.start[1]].strip()
+    return found
+
+
+class Module:
+    "A module's public definitions, by name"
+
+    def __init__(self, path: Path):
+        self.name = f"{PACKAGE}.{path.stem}"
+        self.source = path.read_text(encoding="utf-8")
+        self.tree = ast.parse(self.source)
+        self.comments = comments_by_line(self.source)
+        self.public: list[str] = []
+        self.entries: dict[str, Entry] = {}
+        for node in self.tree.body:
+            for name in assigned_names(node):
+                if name == "__all__":
+                    self.public = ast.literal_eval(node.value)
+        for node in self.tree.body:
+            for entry in self.read(node):
+                if entry.name in self.public:
+                    self.entries[entry.name] = entry
+
+    def read(self, node: ast.stmt) -> Iterator[Entry]:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield self.function(node, "function", node.name)
+        elif isinstance(node, ast.ClassDef):
+            yield self.class_(node)
+        else:
+            for name in assigned_names(node):
+                comment = self.comment_of(node.lineno, node.end_lineno)
+                annotation = f": {ast.unparse(node.annotation)}" if isinstance(node, ast.AnnAssign) else ""
+                value = ast.unparse(node.value) if node.value else ""
+                yield Entry("data", name, annotation + (f" = {value}" if value and len(value) <= 60 else ""), comment)
+
+    def comment_of(self, first: int, last: int) -> str:
+        "The comment behind a definition, or else the comment lines above it"
+        if last in self.comments:
+            return self.comments[last][0]
+        above = []
+        while self.comments.get(first - 1, ("", False))[1] and not self.comments[first - 1][0].startswith("%%"):
+            first -= 1
+            above.insert(0, self.comments[first][0])
+        return " ".join(above)
+
+    def function(self, node: ast.FunctionDef | ast.AsyncFunctionDef, kind: str, name: str) -> Entry:
+        decorators = {ast.unparse(d) for d in node.decorator_list}
+        entry = Entry(kind, name, doc=ast.get_docstring(node) or "")
+        if decorators & {"property", "cached_property", "functools.cached_property"}:
+            entry.kind = "property"
+            entry.signature = f": {ast.unparse(node.returns)}" if node.returns else ""
+            return entry
+        entry.flag = next(iter(decorators & {"classmethod", "staticmethod"}), "")
+        arguments = node.args
+        drop_first = kind == "method" and "staticmethod" not in decorators
+        positional = [*arguments.posonlyargs, *arguments.args]
+        defaults = [None] * (len(positional) - len(arguments.defaults)) + list(arguments.defaults)
+        parts = []
+        for i, (argument, default) in enumerate(zip(positional, defaults, strict=True)):
+            if not (drop_first and i == 0):
+                parts.append(self.parameter(argument, default, entry))
+            if arguments.posonlyargs and i == len(arguments.posonlyargs) - 1 and parts:
+                parts.append("/")
+        if arguments.vararg:
+            parts.append(self.parameter(arguments.vararg, None, entry, "*"))
+        elif arguments.kwonlyargs:
+            parts.append("*")
+        for argument, default in zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True):
+            parts.append(self.parameter(argument, default, entry))
+        if arguments.kwarg:
+            parts.append(self.parameter(arguments.kwarg, None, entry, "**"))
+        entry.signature = f"({', '.join(parts)})"
+        if node.returns:
+            annotation = ast.unparse(node.returns)
+            entry.signature += f" -> {annotation}"
+            comment = self.comments.get(node.returns.end_lineno, ("", False))[0]
+            behind_last_argument = any(node.returns.end_lineno == a.end_lineno for a in ast.walk(arguments) if isinstance(a, ast.arg))
+            if comment and not behind_last_argument:
+                entry.returns = Parameter("", annotation, "", comment)
+        return entry
+
+    def parameter(self, argument: ast.arg, default: ast.expr | None, entry: Entry, stars: str = "") -> str:
+        annotation = ast.unparse(argument.annotation) if argument.annotation else ""
+        value = ast.unparse(default) if default else ""
+        last = (default or argument).end_lineno
+        comment, alone = self.comments.get(last, ("", False))
+        entry.parameters.append(Parameter(stars + argument.arg, annotation, value, "" if alone else comment))
+        text = stars + argument.arg + (f": {annotation}" if annotation else "")
+        return text + ((f" = {value}" if annotation else f"={value}") if value else "")
+
+    def class_(self, node: ast.ClassDef) -> Entry:
+        entry = Entry("class", node.name, doc=ast.get_docstring(node) or "")
+        dataclass_fields, init = [], None
+        is_dataclass = any(ast.unparse(d).split("(")[0] in ("dataclass", "dataclasses.dataclass") for d in node.decorator_list)
+        for member in node.body:
+            if isinstance(member, ast.FunctionDef | ast.AsyncFunctionDef):
+                if member.name == "__init__":
+                    init = self.function(member, "method", "__init__")
+                elif not member.name.startswith("_"):
+                    entry.members.append(self.function(member, "method", f"{node.name}.{member.name}"))
+            elif isinstance(member, ast.AnnAssign) and isinstance(member.target, ast.Name) and not member.target.id.startswith("_"):
+                annotation = ast.unparse(member.annotation)
+                comment = self.comment_of(member.lineno, member.end_lineno)
+                if is_dataclass and not annotation.startswith("ClassVar"):
+                    default, described = field_default(member.value)
+                    dataclass_fields.append(Parameter(member.target.id, annotation, default, comment or described))
+                elif comment or not is_dataclass:
+                    entry.members.append(Entry("attribute", f"{node.name}.{member.target.id}", f": {annotation}", comment))
+            elif isinstance(member, ast.Assign) and isinstance(member.value, ast.Call) and ast.unparse(member.value.func) == "property":
+                described = {k.arg: ast.literal_eval(k.value) for k in member.value.keywords if k.arg == "doc"}.get("doc", "")
+                entry.members += [Entry("property", f"{node.name}.{name}", "", described) for name in assigned_names(member)]
+        if init:
+            entry.signature = init.signature.removesuffix(" -> None")
+            entry.parameters = init.parameters
+            entry.doc = "\n\n".join(filter(None, [entry.doc, init.doc]))
+        elif is_dataclass:
+            entry.parameters = dataclass_fields
+            entry.signature = f"({', '.join(p.name + ': ' + p.annotation + (' = ' + p.default if p.default else '') for p in dataclass_fields)})"
+            if len(entry.signature) > 400:  # the table beneath says it all, and readably
+                entry.signature = f"({', '.join(p.name + ('=...' if p.default else '') for p in dataclass_fields)})"
+        return entry
+
+
+SIGNS = {"above": ">", "at_least": "≥", "below": "<", "at_most": "≤"}
+
+
+def field_default(value: ast.expr | None) -> tuple[str, str]:
+    "A dataclass field's default, and what `llamagym.config.option` says of it"
+    if not (isinstance(value, ast.Call) and isinstance(value.func, ast.Name) and value.func.id in ("field", "option")):
+        return (ast.unparse(value) if value else ""), ""
+    keywords = {k.arg: k.value for k in value.keywords}
+    if value.func.id == "field":
+        if "default_factory" in keywords:
+            return f"{ast.unparse(keywords['default_factory'])}()", ""
+        return ast.unparse(keywords["default"]) if "default" in keywords else "", ""
+    default, described = value.args
+    bounds = ", ".join(f"{sign} {ast.unparse(keywords[name])}" for name, sign in SIGNS.items() if name in keywords)
+    call = "()" if isinstance(default, ast.Name) else ""
+    return ast.unparse(default) + call, ast.literal_eval(described) + (f" ({bounds})" if bounds else "")
+
+
+def assigned_names(node: ast.stmt) -> list[str]:
+    targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+    targets = [name for target in targets for name in (target.elts if isinstance(target, ast.Tuple) else [target])]
+    return [t.id for t in targets if isinstance(t, ast.Name)]
+
+
+def read_modules(package: Path) -> dict[str, Module]:
+    return {path.stem: Module(path) for path in sorted(package.glob("*.py")) if not path.name.startswith("_")}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Notebooks → pages
+
+
+def page_name(notebook: Path) -> str:
+    "The name of a notebook's page: its path in nbs/ without the ordering number"
+    return notebook.with_name(re.sub(r"^\d+[a-z]?_", "", notebook.stem)).as_posix()
+
+
+def escape_cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+def code(text: str) -> str:
+    return f"`{escape_cell(text)}`" if text else ""
+
+
+def entry_markdown(entry: Entry, module: Module, prose, depth: int = 0) -> str:
+    "The directive that makes an entry, with its members inside"
+    fence = ":" * (8 - depth)
+    option = f"\n:type: {entry.signature.lstrip(': ')}" if entry.kind in ("property", "attribute") and entry.signature else ""
+    if entry.flag:
+        option += f"\n:{entry.flag}:"
+    argument = entry.name + ("" if entry.kind in ("property", "attribute") else entry.signature)
+    if entry.kind == "data":
+        annotation, _, value = entry.signature.partition(" = ")
+        argument = entry.name
+        option = (f"\n:type: {annotation[2:]}" if annotation.startswith(": ") else "") + (f"\n:value: {value}" if value else "")
+    parts = [f"{fence}{{py:{entry.kind}}} {argument}\n:module: {module.name}{option}\n"]
+    parts.append(prose(entry.doc))
+    rows = entry.parameters if any(p.comment for p in entry.parameters) else []
+    if rows:
+        has_default = any(p.default for p in rows)
+        cells = [["parameter", "type", *(["default"] if has_default else []), ""]]
+        cells.append(["---"] * len(cells[0]))
+        cells += [[code(p.name), code(p.annotation), *([code(p.default)] if has_default else []), prose(escape_cell(p.comment))] for p in rows]
+        parts.append("\n".join(f"| {' | '.join(row)} |" for row in cells))
+    if entry.returns:
+        parts.append(f"*Returns* {code(entry.returns.annotation)}: {prose(entry.returns.comment)}")
+    parts += [entry_markdown(member, module, prose, depth + 1) for member in entry.members]
+    return "\n\n".join(filter(None, parts)) + f"\n{fence}"
+
+
+DIRECTIVE = re.compile(r"^#\|\s*([\w-]+)\s*:?\s*(.*)$")
+FENCED = re.compile(r"(^(?P<fence>`{3,}|~{3,}).*?^(?P=fence)[ \t]*$|``.+?``|\$\$.+?\$\$)", re.MULTILINE | re.DOTALL)
+
+
+class Pages:
+    "Turns notebooks into MyST notebooks for Sphinx"
+
+    def __init__(self, notebooks: Path, modules: dict[str, Module], repository: str, branch: str):
+        self.notebooks, self.modules, self.source = notebooks, modules, f"{repository}/blob/{branch}/{notebooks.name}"
+        self.paths = sorted(p.relative_to(notebooks) for p in notebooks.rglob("*.ipynb") if not any(q[0] in "._" for q in p.relative_to(notebooks).parts))
+        self.pages = {path.as_posix(): page_name(path) for path in self.paths}
+        # A link may name the notebook or the page.
+        self.pages_by_name = {name: page for path, page in self.pages.items() for name in (path.removesuffix(".ipynb"), page)}
+        self.targets = {}
+        for module in modules.values():
+            for entry in module.entries.values():
+                for e in [entry, *entry.members]:
+                    # A name that two modules define is left alone: which one is meant can't be known.
+                    self.targets[e.name] = None if e.name in self.targets else f"{module.name}.{e.name}"
+        self.documented: set[str] = set()
+
+    def prose(self, text: str, page: str = "") -> str:
+        "Markdown with names in backticks and links to notebooks made into links between pages"
+        pieces = FENCED.split(text)
+        return "".join(self.link(piece, page) if i % 3 == 0 else piece for i, piece in enumerate(pieces) if i % 3 != 2)
+
+    def link(self, text: str, page: str) -> str:
+        def name(match: re.Match) -> str:
+            target = self.targets.get(match[1].removesuffix("()"))
+            return f"{{py:obj}}`{match[1]} <{target}>`" if target else match[0]
+
+        def notebook(match: re.Match) -> str:
+            target = self.pages_by_name.get(posixpath.normpath((Path(page).parent / match[1]).as_posix()))
+            return f"](/{target}.ipynb{match[2] or ''})" if target else match[0]
+
+        text = re.sub(r"(?<![`\[])`([A-Za-z_][\w.]*(?:\(\))?)`(?!`)", name, text)
+        return re.sub(r"\]\((?!\w+:)([\w./-]+?)\.(?:ipynb|html)(#[\w.-]+)?\)", notebook, text)
+
+    def convert(self, path: Path) -> dict:
+        book = json.loads((self.notebooks / path).read_text(encoding="utf-8"))
+        page, cells, module = self.pages[path.as_posix()], [], None
+        for cell in book["cells"]:
+            text = "".join(cell["source"])
+            if cell["cell_type"] == "markdown":
+                directives, text = split_directives(text)
+                if text.strip() and "hide" not in directives:
+                    cells.append(markdown(self.title(text, path) if not cells else self.prose(text, page)))
+            elif cell["cell_type"] == "code":
+                directives, text = split_directives(text)
+                if "default_exp" in directives:
+                    module = self.modules.get(directives["default_exp"])
+                    continue
+                if "hide" in directives or directives.get("include") == "false" or not text.strip():
+                    continue
+                if directives.keys() & {"export", "exports", "exporti"}:
+                    cells += self.exported(text, module, page)
+                else:
+                    cells.append({**cell, "source": text, "metadata": {"tags": tags(directives)}, "execution_count": None})
+        return {**book, "cells": cells, "metadata": {"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}}}
+
+    def title(self, text: str, path: Path) -> str:
+        "The first cell: the title, and the subtitle as a lead paragraph, with the notebook's own address"
+        text = self.prose(text, self.pages[path.as_posix()])
+        text = re.sub(r"^> (.+)$", r"{.lead}\n\1", text, count=1, flags=re.MULTILINE)
+        return f"{text}\n\n{{.source-notebook}}\n[{self.notebooks.name}/{path.as_posix()}]({self.source}/{path.as_posix()})"
+
+    def exported(self, text: str, module: Module | None, page: str) -> list[dict]:
+        "An exported cell: the entries of what it defines, and its code folded away"
+        if module is None:
+            return []
+        tree = ast.parse(text)
+        defined = []
+        for node in tree.body:
+            names = [node.name] if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) else assigned_names(node)
+            defined += [name for name in names if name in module.entries]
+        if all(isinstance(node, ast.Import | ast.ImportFrom) for node in tree.body):
+            return []
+        self.documented |= {f"{module.name}.{name}" for name in defined}
+        entries = [entry_markdown(module.entries[name], module, lambda s: self.prose(s, page)) for name in defined]
+        folded = {"cell_type": "code", "id": hashlib.sha1(text.encode()).hexdigest()[:12], "source": text, "outputs": [],
+                  "metadata": {"tags": ["hide-input"]}, "execution_count": None}
+        return [*map(markdown, entries), folded]
+
+    def write(self, folder: Path) -> None:
+        for path, page in self.pages.items():
+            book = self.convert(Path(path))
+            if page == "index":
+                book["cells"].append(markdown(self.contents()))
+            target = folder / f"{page}.ipynb"
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_text(json.dumps(book), encoding="utf-8")
+
+    def contents(self) -> str:
+        "The table of contents, in the notebooks' order"
+        groups: dict[str, list[str]] = {"Tutorials": [], "Modules": []}
+        for path, page in self.pages.items():
+            if page != "index":
+                groups["Tutorials" if path.startswith("tutorials/") else "Modules"].append(page)
+        blocks = [f"```{{toctree}}\n:hidden:\n:caption: {caption}\n\n" + "\n".join(pages) + "\n```" for caption, pages in groups.items() if pages]
+        return "\n\n".join([*blocks, "```{toctree}\n:hidden:\n:caption: Project\n\nchangelog\ngenindex\n```"])
+
+
+def markdown(text: str) -> dict:
+    return {"cell_type": "markdown", "id": hashlib.sha1(text.encode()).hexdigest()[:12], "metadata": {}, "source": text}
+
+
+def split_directives(text: str) -> tuple[dict[str, str], str]:
+    "The `#|` lines a cell begins with, and the rest"
+    directives, lines = {}, text.split("\n")
+    while lines and (match := DIRECTIVE.match(lines[0])):
+        directives[match[1]] = match[2].strip()
+        lines.pop(0)
+    return directives, "\n".join(lines).strip("\n")
+
+
+def tags(directives: dict[str, str]) -> list[str]:
+    table = {
+        ("hide_input", ""): "remove-input", ("echo", "false"): "remove-input",
+        ("hide_output", ""): "remove-output", ("output", "false"): "remove-output",
+        ("code-fold", "true"): "hide-input", ("code-fold", "show"): "hide-input",
+    }
+    return [tag for directive, tag in table.items() if directive in directives.items()]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The site
+
+def settings() -> ConfigParser:
+    parser = ConfigParser(delimiters=["="], interpolation=None)
+    parser.read(ROOT / "settings.ini", encoding="utf-8")
+    return parser["DEFAULT"]
+
+
+def build(site: Path, notebooks: Path = ROOT / "nbs", package: Path = ROOT / PACKAGE) -> list[str]:
+    "Build the site, and return what is wrong with it"
+    from sphinx.application import Sphinx
+    from sphinx.util.docutils import docutils_namespace
+
+    config = settings()
+    modules = read_modules(package)
+    pages = Pages(notebooks, modules, config["repository"], config["branch"])
+    version = re.search(r'^__version__ = "(.+?)"', (package / "__init__.py").read_text(encoding="utf-8"), re.MULTILINE)[1]
+    with tempfile.TemporaryDirectory() as temporary:
+        source = Path(temporary) / "source"
+        source.mkdir()
+        pages.write(source)
+        (source / "changelog.md").write_text((ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), encoding="utf-8")
+        (source / "genindex.md").write_text("# Index\n", encoding="utf-8")  # Sphinx fills it
+        title = f"{config['lib_name']} {version}"
+        values = {"project": title, "html_title": title, "author": config["author"], "version": version, "package_folder": str(package)}
+        output, warnings = Path(temporary) / "html", io.StringIO()
+        with docutils_namespace():
+            app = Sphinx(source, ROOT / "scripts" / "docs", output, Path(temporary) / "doctrees", "html", values, status=None, warning=warnings)
+            app.build(force_all=True)
+        problems = [re.sub(r"\x1b\[[\d;]*m", "", line).replace(str(source) + "/", "") for line in warnings.getvalue().splitlines() if line.strip()]
+        if not (output / "index.html").exists():
+            return [*problems, "no index.html was made: is there an nbs/index.ipynb?"]
+        problems += check(output, modules)
+        shutil.rmtree(site, ignore_errors=True)
+        shutil.copytree(output, site)
+    if not problems:
+        (site / FINGERPRINT).write_text(fingerprint(notebooks, package), encoding="utf-8")
+    return problems
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checks
+
+FINGERPRINT = ".fingerprint"
+
+
+def fingerprint(notebooks: Path = ROOT / "nbs", package: Path = ROOT / PACKAGE) -> str:
+    "A digest of everything a site is made from"
+    digest = hashlib.sha256()
+    for path in sorted([*notebooks.rglob("*.ipynb"), *package.glob("*.py"), ROOT / "CHANGELOG.md", ROOT / "settings.ini", *(ROOT / "scripts").rglob("*.*")]):
+        if not {".ipynb_checkpoints", "__pycache__"} & set(path.parts):
+            digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+def is_fresh(site: Path) -> bool:
+    return (site / FINGERPRINT).exists() and (site / FINGERPRINT).read_text(encoding="utf-8") == fingerprint()
+
+
+class Links(HTMLParser):
+    "A page's anchors, and what it links to"
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.anchors: set[str] = set()
+        self.links: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        for key, value in attributes:
+            if key == "id" or (key == "name" and tag == "a"):
+                self.anchors.add(value)
+            elif key in ("href", "src") and value:
+                self.links.append(html.unescape(value))
+
+
+def check(site: Path, modules: dict[str, Module]) -> list[str]:
+    "Public names without an entry, and internal links that lead nowhere"
+    pages = {page.relative_to(site).as_posix(): Links(page.read_text(encoding="utf-8")) for page in sorted(site.rglob("*.html"))}
+    anchors = set().union(*(page.anchors for name, page in pages.items() if not name.startswith("_modules/")))
+    problems = [f"{m.name}.{name} has no entry in the site" for m in modules.values() for name in m.public if f"{m.name}.{name}" not in anchors]
+    for name, page in pages.items():
+        for link in page.links:
+            parts = urlsplit(link)
+            if parts.scheme or parts.netloc:
+                continue
+            path = (site / name).parent / unquote(parts.path) if parts.path else site / name
+            path = path.resolve()
+            if not path.exists():
+                problems.append(f"{name}: {link} leads to no file")
+            elif parts.fragment and path.suffix == ".html":
+                target = pages[path.relative_to(site.resolve()).as_posix()]
+                if unquote(parts.fragment) not in target.anchors:
+                    problems.append(f"{name}: {link} leads to no such place in the page")
+    return problems
+
+
+def main() -> int:
+    arguments = argparse.ArgumentParser(description="Build the HTML site from the notebooks.")
+    arguments.add_argument("site", nargs="?", default="_site", type=Path, help="folder to write (default: %(default)s)")
+    site = arguments.parse_args().site.resolve()
+    problems = build(site)
+    for problem in problems:
+        print(problem, file=sys.stderr)
+    if problems:
+        print(f"{len(problems)} problems", file=sys.stderr)
+        return 1
+    print(f"{site / 'index.html'}: {len(list(site.rglob('*.html')))} pages")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,121 @@
+"The site: every public name has an entry, every internal link resolves, and nothing is fetched from elsewhere."
+
+import re
+import shutil
+from pathlib import Path
+
+import build_docs
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory) -> tuple[Path, list[str]]:
+    "The site that `make docs` left if it is fresh, else one made here; and what was wrong when it was made"
+    if build_docs.is_fresh(ROOT / "_site"):
+        return ROOT / "_site", []
+    site = tmp_path_factory.mktemp("site")
+    return site, build_docs.build(site)
+
+
+@pytest.fixture(scope="module")
+def modules():
+    return build_docs.read_modules(ROOT / "llamagym")
+
+
+def test_the_build_has_no_warnings(built):
+    assert built[1] == []
+
+
+def test_every_public_name_has_an_entry_and_every_internal_link_resolves(built, modules):
+    assert sum(len(module.public) for module in modules.values()) > 20
+    assert build_docs.check(built[0], modules) == []
+
+
+def test_every_notebook_has_a_page(built):
+    for notebook in (ROOT / "nbs").rglob("*.ipynb"):
+        if ".ipynb_checkpoints" not in notebook.parts:
+            assert (built[0] / f"{build_docs.page_name(notebook.relative_to(ROOT / 'nbs'))}.html").exists()
+
+
+def test_an_entry_shows_signature_comments_and_source(built):
+    page = (built[0] / "extras.html").read_text(encoding="utf-8")
+    entry = page[page.index('id="llamagym.extras.require"') :]
+    words = re.sub(r"<[^>]+>", "", entry[:6000])
+    assert "extra: str" in words and "ModuleType" in words
+    assert "the extra that installs it" in words
+    assert 'href="_modules/llamagym/extras.html#require"' in entry
+
+
+def test_the_site_can_be_searched(built):
+    assert "llamagym.extras" in (built[0] / "searchindex.js").read_text(encoding="utf-8")
+
+
+def test_a_missing_entry_is_noticed(built, modules, tmp_path):
+    site = shutil.copytree(built[0], tmp_path / "site")
+    page = site / "extras.html"
+    page.write_text(page.read_text(encoding="utf-8").replace('id="llamagym.extras.require"', ""), encoding="utf-8")
+    assert "llamagym.extras.require has no entry in the site" in build_docs.check(site, modules)
+
+
+def test_a_broken_link_is_noticed(built, modules, tmp_path):
+    site = shutil.copytree(built[0], tmp_path / "site")
+    before = build_docs.check(site, modules)
+    (site / "broken.html").write_text('<a href="nowhere.html">x</a> <a href="extras.html#nowhere">y</a> <a href="extras.html">z</a>')
+    assert sorted(set(build_docs.check(site, modules)) - set(before)) == [
+        "broken.html: extras.html#nowhere leads to no such place in the page",
+        "broken.html: nowhere.html leads to no file",
+    ]
+
+
+def test_an_undocumented_module_is_noticed(tmp_path):
+    "A public name that no notebook defines has no entry, and the build says so"
+    package = shutil.copytree(ROOT / "llamagym", tmp_path / "llamagym", ignore=shutil.ignore_patterns("__pycache__"))
+    (package / "loose.py").write_text('__all__ = ["stray"]\ndef stray(): "Nowhere"\n')
+    notebooks = tmp_path / "nbs"
+    notebooks.mkdir()
+    shutil.copy(ROOT / "nbs" / "index.ipynb", notebooks)
+    problems = build_docs.build(tmp_path / "site", notebooks, package)
+    assert "llamagym.loose.stray has no entry in the site" in problems
+
+
+def test_nothing_is_fetched_from_elsewhere(built):
+    for page in built[0].rglob("*.html"):
+        loaded = re.findall(r'<(?:script|img|iframe)[^>]*\bsrc="([^"]+)"|<link[^>]*\bhref="([^"]+)"', page.read_text(encoding="utf-8"))
+        addresses = [a or b for a, b in loaded]
+        assert not [a for a in addresses if a.startswith(("http:", "https:", "//"))], page
+
+
+def test_docments_are_read_from_the_source(tmp_path):
+    (tmp_path / "sample.py").write_text('''
+__all__ = ["LIMIT", "Point", "scale"]
+
+# how many there may be
+LIMIT: int = 3
+
+@dataclass
+class Point:
+    "A place"
+    x: float         # metres
+    tags: list[str] = field(default_factory=list) # words
+    def moved(self,
+        by: float = 1.0, # metres
+    ) -> "Point":    # another place
+        "A place elsewhere"
+    @property
+    def norm(self) -> float: "Its distance"
+
+def scale(point: Point, *, factor: float = 2.0): "Larger"
+''')
+    entries = build_docs.Module(tmp_path / "sample.py").entries
+    assert (entries["LIMIT"].doc, entries["LIMIT"].signature) == ("how many there may be", ": int = 3")
+    point = entries["Point"]
+    assert [(p.name, p.annotation, p.default, p.comment) for p in point.parameters] == [
+        ("x", "float", "", "metres"),
+        ("tags", "list[str]", "list()", "words"),
+    ]
+    moved, norm = point.members
+    assert (moved.signature, moved.parameters[0].comment, moved.returns.comment) == ("(by: float = 1.0) -> 'Point'", "metres", "another place")
+    assert (norm.kind, norm.signature) == ("property", ": float")
+    assert entries["scale"].signature == "(point: Point, *, factor: float = 2.0)"
