@@ -166,14 +166,15 @@ def later_slot(
                       stacklevel=2)
     return second
 
-# %% ../nbs/01_chat.ipynb #94cd4a14
+# %% ../nbs/01_chat.ipynb #e1a75144
 def marker_ids(
     tokenizer: PreTrainedTokenizerBase, # whose added tokens to look through
     written: str,                       # the template's source, and what it rendered
 ) -> dict[int, str]: # id → text
     "The ids that only a template may write"
-    return {i: token.content for i, token in tokenizer.added_tokens_decoder.items()
-            if i != tokenizer.unk_token_id and token.content.strip() and (token.special or token.content in written)}
+    special = dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens))
+    added = {i: token.content for i, token in tokenizer.added_tokens_decoder.items() if token.special or token.content in written}
+    return {i: text for i, text in (special | added).items() if i != tokenizer.unk_token_id and text.strip()}
 
 def any_of(
     texts: Sequence[str], # markers
@@ -430,7 +431,7 @@ def markdown_rows(
     return "\n".join(["| segment | | tokens | text |", "|---|---|---|---|",
                       *(f"| {n} | {kind} | {len(ids)} | <code>{text}</code> |" for (n, kind, ids), text in zip(runs, texts))])
 
-# %% ../nbs/01_chat.ipynb #fa3f87e0
+# %% ../nbs/01_chat.ipynb #8386eebe
 class Conversation:
     "A chat as rows of token ids that only grow: what was sampled stays as it was sampled"
     segments: list[Segment] # rows; only those that hold a response
@@ -506,6 +507,10 @@ class Conversation:
         prompt, oldest = self._fit(text)
         self._pending = text, prompt, oldest
         return list(prompt)
+
+    def drop_pending(self) -> None:
+        "Forget a prompt that was never answered, if there is one"
+        self._pending = None
 
     def add_response(self,
         ids: Sequence[int], # sampled token ids, kept verbatim

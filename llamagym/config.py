@@ -293,14 +293,14 @@ class GenerateConfig(Section):
         "From a dictionary of 2024, see `Config.from_2024`"
         return cls.from_dict(_translated(2, generate_config_dict=values).get(cls.path, {}))
 
-# %% ../nbs/04_config.ipynb #a09a5f53
+# %% ../nbs/04_config.ipynb #5b60b5ba
 @dataclass
 class LoRAConfig(Section):
     "Low-rank adapters ([Hu et al. 2021](https://arxiv.org/abs/2106.09685))."
     path: ClassVar[str] = "model.lora"
     r: int = option(16, "rank of the adapters", at_least=1)
     alpha: float = option(32.0, "the adapters' output is scaled by alpha / r", above=0)
-    dropout: float = option(0.0, "on the adapters' input, while the update computes", at_least=0, below=1)
+    dropout: float = option(0.0, "on the adapters' input, in the warm start only: sampling and updates run without dropout", at_least=0, below=1)
     target_modules: str|list[str] = option("all-linear", "names of the layers that get adapters, or all-linear", pattern=r".+")
 
 # %% ../nbs/04_config.ipynb #92cb35d9

@@ -37,7 +37,7 @@ class Sample:
     stopped: bool          # the model ended it; else it was cut at `max_new_tokens`
     top: list[list[tuple[int, float]]] | None = None # per token: the likeliest alternatives, (id, nats)
 
-# %% ../nbs/06_engine.ipynb #86db6cfb
+# %% ../nbs/06_engine.ipynb #03f67137
 class Engine:
     "Batched sampling from a policy"
     def __init__(self,
@@ -52,7 +52,7 @@ class Engine:
     @torch.no_grad()
     def sample(self,
         prompts: Sequence[Sequence[int]],            # ids of each prompt, none empty
-        streams: Sequence[np.random.Generator],      # each dialogue's own random numbers
+        streams: Sequence[np.random.Generator | None], # each dialogue's own random numbers; not used where `greedy`
         greedy: bool = False,                        # take the likeliest token
         top: int = 0,                                # likeliest alternatives to record per token
     ) -> list[Sample]: # one per prompt

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['CARDS', 'Observation', 'History', 'hand_total', 'dealer_outcomes', 'stick_return', 'first_observations', 'after_hit',
-           'BlackjackTree', 'blackjack_tree', 'blackjack_return', 'by_state', 'plot_policy', 'optimal_value',
-           'random_value']
+           'BlackjackTree', 'blackjack_tree', 'blackjack_return', 'by_state', 'greedy_choices', 'plot_policy',
+           'optimal_value', 'random_value']
 
-# %% ../nbs/13_exact.ipynb #0369f9f1
+# %% ../nbs/13_exact.ipynb #96b25643
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -16,6 +16,7 @@ import gymnasium as gym
 import numpy as np
 from matplotlib.figure import Figure
 
+from .agent import TaskAgent, response_text
 from .task import Task, basic_strategy, get_task, tabular_model
 
 # %% ../nbs/13_exact.ipynb #41a4db02
@@ -170,6 +171,34 @@ def by_state(
 ) -> Callable[[list[History]], list[int]]:
     "A policy that looks at the newest observation only, for `blackjack_return`"
     return lambda histories: [policy(history[-1]) for history in histories]
+
+# %% ../nbs/13_exact.ipynb #443c78c6
+def greedy_choices(
+    agent: TaskAgent,     # that speaks of Blackjack
+    batch_size: int = 512, # conversations answered at once
+) -> Callable[[list[History]], list[int]]: # for `blackjack_tree`
+    "What an agent does in each history when it takes its likeliest words"
+    task, space = agent.words, gym.spaces.Discrete(2)
+    conversations = {(): agent.conversation()}
+
+    def choose_some(histories: list[History]) -> list[int]:
+        asked = [conversations[h[:-1]].fork() for h in histories]
+        prompts = [c.add_user(task.describe(h[-1], {})) for c, h in zip(asked, histories)]
+        samples = agent.engine.sample(prompts, [None] * len(prompts), greedy=True)
+        actions = []
+        for history, conversation, sample in zip(histories, asked, samples):
+            conversation.add_response(sample.ids, sample.stopped)
+            conversations[history] = conversation
+            reading = task.read(response_text(agent.tokenizer, sample), space)
+            actions.append(reading.action if reading.valid else task.fallback_action(history[-1], {}, space))
+        return actions
+
+    def choose(histories: list[History]) -> list[int]:
+        "Answers to one level; conversations that ended a level ago are forgotten"
+        for old in [h for h in conversations if histories and len(h) < len(histories[0]) - 1]: del conversations[old]
+        return [a for i in range(0, len(histories), batch_size) for a in choose_some(histories[i:i + batch_size])]
+
+    return choose
 
 # %% ../nbs/13_exact.ipynb #ac1546c8
 _STICK, _HIT = np.array([86, 180, 233]) / 255, np.array([230, 159, 0]) / 255    # sky blue, orange: told apart by everyone

@@ -162,7 +162,7 @@ STATS = dict(
     tokens_per_second="tokens of rows, prompts included, trained on per second of the update, all epochs counted",
 )
 
-# %% ../nbs/07_ppo.ipynb #fd26a43b
+# %% ../nbs/07_ppo.ipynb #32d21dc5
 class PPO:
     "The learner: turns episodes into gradient steps of a policy and its critic"
     def __init__(self,
@@ -173,6 +173,9 @@ class PPO:
         seed: int = 0,                      # of the order of mini-batches
         failure_dir: str | Path = "runs/failed", # where a batch with a non-finite loss is saved
     ):
+        for name, value, kind in (("policy", policy, Policy), ("config", config, PPOConfig), ("credit", credit, CreditConfig)):
+            if not isinstance(value, kind) and (value is not None or kind is Policy):
+                raise TypeError(f"{name} is a {type(value).__name__}; expected a {kind.__name__}")
         self.policy, self.config, self.credit, self.temperature = policy, config or PPOConfig(), credit or CreditConfig(), temperature
         self.kl_coef, self.failure_dir = self.config.kl_coef, Path(failure_dir)
         self.generator = torch.Generator().manual_seed(seed)
@@ -194,6 +197,8 @@ class PPO:
         episodes: Sequence[Episode], # collected with the policy as it is
     ) -> dict[str, float]: # see `STATS`
         "One update: values, advantages, batch, gradient steps"
+        if not isinstance(episodes, Sequence) or not all(isinstance(e, Episode) for e in episodes):
+            raise TypeError(f"episodes is a {type(episodes).__name__}; expected a sequence of Episode, such as collect returns")
         if not len(episodes): raise ValueError("no episodes to learn from")
         reference = annotate(self.policy, episodes, self.temperature, self.config.token_budget)
         assign(episodes, self.credit.gamma, self.credit.gae_lambda)
@@ -221,6 +226,7 @@ class PPO:
 
     def _update(self, batch: Batch, reference: Reference) -> dict[str, float]:
         c, began = self.config, time.perf_counter()
+        self.optimizer.zero_grad(set_to_none=True)
         self._check(all(torch.isfinite(t).all() for t in (batch.logprobs, batch.advantages, batch.returns, batch.values)), batch, "before the first step")
         log, seen = StatLog(batch), 0
         for epoch in range(c.epochs):

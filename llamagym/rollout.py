@@ -46,7 +46,7 @@ class Rollout(EpisodeBuffer):
     occupancy: float    # share of the slots' turns in which a slot had an episode to play
     seconds: float      # wall time
 
-# %% ../nbs/10_rollout.ipynb #3d382065
+# %% ../nbs/10_rollout.ipynb #0c01e36c
 class _Slot:
     "A place for one episode after another: an environment and a session of the agent"
     def __init__(self, agent: Agent, env: Any):
@@ -56,12 +56,11 @@ class _Slot:
         self.dialogue: Dialogue | None = None
 
     def start(self, index: int, seed: int) -> None:
-        self.index, self.seed = index, seed + index
-        self.dialogue = None
+        self.index, self.seed, self.dialogue = index, seed + index, None
         if self.env is None: self.env = TextEnv(self.task)
-        self.env.reset(self.seed)
         stream = np.random.default_rng([seed, index])
         self.dialogue = self.session.start_dialogue(stream, env_id=self.task.name, index=index, seed=self.seed)
+        self.env.reset(self.seed)
 
     def step(self, sample) -> Episode | None:
         "Give a response to the environment; the episode, if that ended it"
@@ -84,7 +83,7 @@ class _Slot:
     def close(self) -> None:
         if self.env is not None and self.env.env is not self.task.env: self.env.close()
 
-# %% ../nbs/10_rollout.ipynb #e0fc8d2f
+# %% ../nbs/10_rollout.ipynb #fb5f6fdf
 def collect(
     agent: Agent,                # who plays
     env: Any = None,             # id, factory or instance; an agent of a task knows its own
@@ -97,8 +96,8 @@ def collect(
     top: int = 0,                # likeliest alternatives to record per token
 ) -> Rollout:
     "Play episodes side by side. Raises `RolloutError` if all of them fail, and warns of each one that does"
-    for name, value in (("episodes", episodes), ("num_envs", num_envs)):
-        if not isinstance(value, int) or value < 1: raise ValueError(f"{name}={value!r}: expected a whole number of at least 1")
+    for name, value, least in (("episodes", episodes, 1), ("num_envs", num_envs, 1), ("seed", seed, 0), ("first", first, 0)):
+        if not isinstance(value, int) or value < least: raise ValueError(f"{name}={value!r}: expected a whole number of at least {least}")
     _check(agent, env)
     engine, began = engine or agent.engine, time.perf_counter()
     slots = [_Slot(agent, env) for _ in range(min(num_envs, episodes))]
@@ -147,8 +146,8 @@ def _report(done: dict[int, Episode], failures: list[Failure], capacity: int, se
     if len(turns) >= 8 and not any(t.valid for t in turns): warn_all_invalid(len(turns), turns[-1].response, error)
     return rollout
 
-# %% ../nbs/10_rollout.ipynb #a5291b9f
-@dataclass
+# %% ../nbs/10_rollout.ipynb #4193abfc
+@dataclass(repr=False)
 class Result:
     "How one way of decoding fared"
     mean_return: float      # in units of the environment's reward
@@ -157,17 +156,17 @@ class Result:
     length: float           # turns an episode, on average
     invalid_rate: float     # share of responses without an action
     episodes: EpisodeBuffer # what was played
-    def __str__(self):
+    def __repr__(self):
         success = "" if self.success is None else f", success {self.success:.1%}"
         return f"return {self.mean_return:.3f} ± {self.ci95:.3f}{success}, {self.length:.1f} turns, {self.invalid_rate:.1%} invalid, {len(self.episodes)} episodes"
 
-@dataclass
+@dataclass(repr=False)
 class Evaluation:
     "What `evaluate` found"
     greedy: Result | None     # taking the likeliest token
-    sampled: Result | None    # sampling as configured, top-p and top-k included
+    sampled: Result | None    # as `generate` is configured: do_sample, top-p and top-k included
     def _rows(self): return [(name, s) for name, s in (("greedy", self.greedy), ("sampled", self.sampled)) if s is not None]
-    def __repr__(self): return "\n".join(f"{name:8} {score}" for name, score in self._rows())
+    def __repr__(self): return "\n".join(f"{name:8} {result}" for name, result in self._rows())
     def _repr_markdown_(self):
         lines = ["| | return | 95 % interval | success | turns | invalid | episodes |", "|---|---|---|---|---|---|---|"]
         for name, s in self._rows():
@@ -175,7 +174,7 @@ class Evaluation:
             lines.append(f"| {name} | {s.mean_return:.3f} | ± {s.ci95:.3f} | {success} | {s.length:.1f} | {s.invalid_rate:.1%} | {len(s.episodes)} |")
         return "\n".join(lines)
 
-# %% ../nbs/10_rollout.ipynb #0536aca0
+# %% ../nbs/10_rollout.ipynb #16994615
 def score_episodes(
     episodes: Sequence[Episode], # at least one
     success=None,                # episode -> was it a success?
@@ -197,10 +196,13 @@ def evaluate(
     greedy: bool | None = None,          # only greedy, only sampled, or (default) both
 ) -> Evaluation:
     "Play without learning"
+    _check(agent, env)
+    seeds = [seeds] if isinstance(seeds, int) else list(seeds)
+    if not seeds: raise ValueError("seeds=[]: expected at least one")
     engine = Engine(agent.policy, agent.engine.stop_ids.tolist(), agent.config.generate, truncate=True)
     success = agent.task(env).success
     def play(greedy):
-        played = [e for seed in ([seeds] if isinstance(seeds, int) else seeds)
-                  for e in collect(agent, env, episodes, num_envs, seed, greedy=greedy, engine=engine)]
+        greedy = greedy or not agent.config.generate.do_sample
+        played = [e for seed in seeds for e in collect(agent, env, episodes, num_envs, seed, greedy=greedy, engine=engine)]
         return score_episodes(played, success)
     return Evaluation(play(True) if greedy in (True, None) else None, play(False) if greedy in (False, None) else None)

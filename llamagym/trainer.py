@@ -6,7 +6,7 @@
 __all__ = ['CALLBACKS', 'Callback', 'register_callback', 'Progress', 'Metrics', 'Anneal', 'save_learner', 'load_learner', 'Run',
            'Trainer', 'as_callback']
 
-# %% ../nbs/12_trainer.ipynb #914089c8
+# %% ../nbs/12_trainer.ipynb #5b366799
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -19,11 +19,11 @@ from tqdm.auto import tqdm
 
 from .agent import Agent
 from .config import TrainerConfig
-from .policy import atomic_folder
+from .policy import atomic_folder, recover_folder
 from .ppo import PPO
 from .rollout import Evaluation, Rollout, collect, evaluate
 
-# %% ../nbs/12_trainer.ipynb #615f0b20
+# %% ../nbs/12_trainer.ipynb #62c7fe62
 class Callback:
     "Is told of a run's events. All methods do nothing unless overridden"
     def on_fit_start(self, trainer: "Trainer") -> None: "Before the first update of this `fit`"
@@ -31,6 +31,7 @@ class Callback:
     def on_collect_end(self, trainer: "Trainer", rollout: Rollout) -> None: "Episodes are there, nothing is learned from them yet"
     def on_update_end(self, trainer: "Trainer", metrics: dict[str, float]) -> None: "An update was made; `metrics` may be added to"
     def on_evaluate(self, trainer: "Trainer", evaluation: Evaluation) -> None: "The agent was evaluated"
+    def on_log(self, trainer: "Trainer", metrics: dict[str, float]) -> None: "All is known of an update, its evaluation included"
     def on_checkpoint(self, trainer: "Trainer", path: Path) -> None: "A checkpoint was written"
     def on_fit_end(self, trainer: "Trainer") -> None: "The last update was made, or the run was stopped"
 
@@ -46,7 +47,7 @@ def register_callback(
         return cls
     return register
 
-# %% ../nbs/12_trainer.ipynb #596783ac
+# %% ../nbs/12_trainer.ipynb #c4fc5649
 @register_callback("progress")
 class Progress(Callback):
     "A progress bar with the return and the KL to the reference"
@@ -69,7 +70,7 @@ class Metrics(Callback):
         self.path = trainer.output_dir/"metrics.jsonl"
         with self.path.open("w") as f:      # what is not in the history was not kept by the checkpoint a run resumed from
             for line in trainer.history: f.write(json.dumps(line) + "\n")
-    def on_update_end(self, trainer, metrics):
+    def on_log(self, trainer, metrics):
         with self.path.open("a") as f: f.write(json.dumps(metrics) + "\n")
 
 # %% ../nbs/12_trainer.ipynb #0a19e0c2
@@ -110,8 +111,8 @@ def load_learner(
     for group, rate in zip(learner.optimizer.param_groups, meta["rates"]): group["lr"] = rate
     learner.kl_coef = meta["kl_coef"]
 
-# %% ../nbs/12_trainer.ipynb #43e96183
-@dataclass
+# %% ../nbs/12_trainer.ipynb #a00b021a
+@dataclass(repr=False)
 class Run:
     "What a call of `fit` leaves behind"
     output_dir: Path                # metrics, checkpoints, the policy
@@ -123,7 +124,7 @@ class Run:
         last = f", last return {self.history[-1]['mean_return']:.3f}" if self.history else ""
         return f"Run({str(self.output_dir)!r}, {state} after {len(self.history)} updates{last})" + (f"\n{self.evaluation!r}" if self.evaluation else "")
 
-# %% ../nbs/12_trainer.ipynb #bc7d4f32
+# %% ../nbs/12_trainer.ipynb #3f8b45cf
 class Trainer:
     "Trains an agent in an environment"
     def __init__(self,
@@ -154,8 +155,8 @@ class Trainer:
         self.update += 1
         metrics = dict(update=self.update, episodes=self.episodes, seconds=time.perf_counter() - began, collect_seconds=rollout.seconds,
                        occupancy=rollout.occupancy, failed_episodes=len(rollout.failures)) | stats
-        self._tell("on_update_end", metrics)
         self.history.append(metrics)
+        self._tell("on_update_end", metrics)
         return metrics
 
     def evaluate(self) -> Evaluation:
@@ -175,8 +176,9 @@ class Trainer:
         self._tell("on_fit_start")
         try:
             while self.update < self.updates:
-                self.step()
+                metrics = self.step()
                 if self._due(self.config.eval_every): self.evaluate()
+                self._tell("on_log", metrics)
                 if self._due(self.config.checkpoint_every): self.save_checkpoint()
         except KeyboardInterrupt: interrupted = True
         finally: self._tell("on_fit_end")
@@ -201,6 +203,7 @@ class Trainer:
     ) -> None:
         "Go back to a checkpoint. Raises `FileNotFoundError` where there is none"
         path = Path(path or self.output_dir/"checkpoint")
+        recover_folder(path)
         if not (path/"trainer.json").exists(): raise FileNotFoundError(f"no checkpoint at {path}: fit() without resume=True starts afresh")
         self.agent.policy.restore(path/"policy")
         load_learner(self.agent.learner, path)

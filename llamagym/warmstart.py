@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['from_messages', 'encode', 'transcripts', 'clone']
 
-# %% ../nbs/11_warmstart.ipynb #253b95f1
+# %% ../nbs/11_warmstart.ipynb #0aaac82b
 import contextlib
 import dataclasses
 import tempfile
@@ -16,6 +16,8 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers
+from transformers import PrinterCallback
 
 from .agent import Agent
 from .buffer import Episode, Turn
@@ -102,7 +104,7 @@ class _Collator:
         return dict(input_ids=ids, mask=mask, turn_rows=turn_rows, value_positions=flat("value_positions", torch.long),
                     returns=flat("returns", torch.float32))
 
-# %% ../nbs/11_warmstart.ipynb #644c6de0
+# %% ../nbs/11_warmstart.ipynb #da62a1a5
 def _trainer_class():
     "`SFTTrainer` with a critic; made when needed, since TRL is an extra"
     trl = require("trl", "warmstart")
@@ -119,6 +121,10 @@ def _trainer_class():
                 optimizer.add_param_group(dict(params=list(self.policy.value_head.parameters()), lr=self.args.learning_rate, weight_decay=0.0))
             return optimizer
 
+        def training_step(self, *args, **kwargs):
+            self.policy.value_head.zero_grad(set_to_none=True)     # it is not part of the model, whose gradients Trainer clears
+            return super().training_step(*args, **kwargs)
+
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
             rows, positions = inputs["mask"].nonzero(as_tuple=True)
             hidden = self.policy.trunk(inputs["input_ids"])
@@ -131,11 +137,10 @@ def _trainer_class():
 
     return CloneTrainer
 
-# %% ../nbs/11_warmstart.ipynb #f624ec0b
+# %% ../nbs/11_warmstart.ipynb #bf4d4b8b
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     "Without the advice that does not apply here"
-    import transformers
     level = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
     try:
@@ -151,6 +156,7 @@ def clone(
     progress: bool = True,                 # show a progress bar
 ) -> dict[str, float]: # loss (nats per token), value_loss, both at the end; tokens, seconds
     "Imitate transcripts, teach the critic their returns, and freeze the result as the reference"
+    if not isinstance(agent, Agent): raise TypeError(f"agent is a {type(agent).__name__}; expected a llamagym Agent")
     config, policy, began = config or agent.config.warmstart, agent.policy, time.perf_counter()
     columns = _columns(agent, transcripts(trajectories), agent.config.credit.gamma)
     trl, datasets = require("trl", "warmstart"), require("datasets", "warmstart")
@@ -164,9 +170,12 @@ def clone(
         trained = {name: (p, p.data.clone()) for name, p in policy.model.named_parameters() if p.requires_grad}
         trainer = _trainer_class()(policy, config.critic_coef, args=args, train_dataset=datasets.Dataset.from_dict(columns),
                                    data_collator=_Collator(policy.pad_id))
+        trainer.remove_callback(PrinterCallback)
         for p, value in trained.values(): p.data = value    # it rounds the adapters of 4-bit models to bfloat16
-        trainer.train()
-    policy.model.eval()
+        try: trainer.train()
+        finally:
+            policy.model.eval()
+            policy.model.zero_grad(set_to_none=True); policy.value_head.zero_grad(set_to_none=True)
     policy.set_reference()
     last = np.array(trainer.losses[-max(1, len(trainer.losses) // 10):]).mean(0)
     return dict(loss=float(last[0]), value_loss=float(last[1]), tokens=float(sum(map(len, columns["input_ids"])) * config.epochs),

@@ -215,6 +215,12 @@ def read_modules(package: Path) -> dict[str, Module]:
 # Notebooks → pages
 
 
+def notebook_paths(notebooks: Path) -> list[Path]:
+    "The project's notebooks, relative to their folder: not those of tools (.ipynb_checkpoints) or of runs"
+    paths = sorted(p.relative_to(notebooks) for p in notebooks.rglob("*.ipynb"))
+    return [p for p in paths if not any(part[0] in "._" or part == "runs" for part in p.parts)]
+
+
 def page_name(notebook: Path) -> str:
     "The name of a notebook's page: its path in nbs/ without the ordering number"
     return notebook.with_name(re.sub(r"^\d+[a-z]?_", "", notebook.stem)).as_posix()
@@ -263,7 +269,7 @@ class Pages:
 
     def __init__(self, notebooks: Path, modules: dict[str, Module], repository: str, branch: str):
         self.notebooks, self.modules, self.source = notebooks, modules, f"{repository}/blob/{branch}/{notebooks.name}"
-        self.paths = sorted(p.relative_to(notebooks) for p in notebooks.rglob("*.ipynb") if not any(q[0] in "._" for q in p.relative_to(notebooks).parts))
+        self.paths = notebook_paths(notebooks)
         self.pages = {path.as_posix(): page_name(path) for path in self.paths}
         # A link may name the notebook or the page.
         self.pages_by_name = {name: page for path, page in self.pages.items() for name in (path.removesuffix(".ipynb"), page)}
@@ -428,8 +434,9 @@ FINGERPRINT = ".fingerprint"
 def fingerprint(notebooks: Path = ROOT / "nbs", package: Path = ROOT / PACKAGE) -> str:
     "A digest of everything a site is made from"
     digest = hashlib.sha256()
-    for path in sorted([*notebooks.rglob("*.ipynb"), *package.glob("*.py"), ROOT / "CHANGELOG.md", ROOT / "settings.ini", *(ROOT / "scripts").rglob("*.*")]):
-        if not {".ipynb_checkpoints", "__pycache__"} & set(path.parts):
+    own = [ROOT / "CHANGELOG.md", ROOT / "settings.ini", *(ROOT / "scripts").rglob("*.*")]
+    for path in sorted([*(notebooks / p for p in notebook_paths(notebooks)), *package.glob("*.py"), *own]):
+        if "__pycache__" not in path.parts:
             digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()
 

@@ -34,9 +34,8 @@ def test_every_public_name_has_an_entry_and_every_internal_link_resolves(built, 
 
 
 def test_every_notebook_has_a_page(built):
-    for notebook in (ROOT / "nbs").rglob("*.ipynb"):
-        if ".ipynb_checkpoints" not in notebook.parts:
-            assert (built[0] / f"{build_docs.page_name(notebook.relative_to(ROOT / 'nbs'))}.html").exists()
+    for notebook in build_docs.notebook_paths(ROOT / "nbs"):
+        assert (built[0] / f"{build_docs.page_name(notebook)}.html").exists()
 
 
 def test_an_entry_shows_signature_comments_and_source(built):

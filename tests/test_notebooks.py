@@ -14,6 +14,7 @@ import sys
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
+import build_docs
 import pytest
 import readme
 from fastcore.nbio import nb2str
@@ -21,7 +22,7 @@ from nbdev.clean import clean_nb
 
 ROOT = Path(__file__).parent.parent
 NBS = ROOT / "nbs"
-NOTEBOOKS = sorted(p.relative_to(NBS).as_posix() for p in NBS.rglob("*.ipynb") if not any(part[0] in "._" for part in p.relative_to(NBS).parts))
+NOTEBOOKS = [path.as_posix() for path in build_docs.notebook_paths(NBS)]
 MODULES = sorted(p.stem for p in (ROOT / "llamagym").glob("*.py") if not p.stem.startswith("_"))
 each_notebook = pytest.mark.parametrize("name", NOTEBOOKS)
 
@@ -65,7 +66,7 @@ def test_begins_with_title_and_subtitle(name):
 
 def test_export_leaves_no_difference(tmp_path):
     "Exported anew in a copy, every module is as it is here, and no module is without its notebook"
-    shutil.copytree(NBS, tmp_path / "nbs", ignore=shutil.ignore_patterns(".*", "_*"))
+    shutil.copytree(NBS, tmp_path / "nbs", ignore=shutil.ignore_patterns(".*", "_*", "runs"))
     (tmp_path / "llamagym").mkdir()
     for name in ("pyproject.toml", "llamagym/__init__.py"):
         shutil.copy(ROOT / name, tmp_path / name)
