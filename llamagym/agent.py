@@ -111,7 +111,7 @@ class _Shared:
 
     def __deepcopy__(self, memo) -> "_Shared": return self
 
-# %% ../nbs/09_agent.ipynb #e5d23523
+# %% ../nbs/09_agent.ipynb #37585ffe
 class Agent(ABC):
     "A language model that acts, is rewarded, and learns"
     def __init__(self,
@@ -138,6 +138,8 @@ class Agent(ABC):
         self._dialogue: Dialogue | None = None
         self._owed = False          # an action was given whose reward has not come yet
 
+    def __repr__(self): return f"{type(self).__name__}({self.policy!r}, {len(self.buffer)} episodes in its buffer)"
+
     @abstractmethod
     def get_system_prompt(self) -> str:
         "What the model is told before the first turn; asked once an episode"
@@ -154,7 +156,7 @@ class Agent(ABC):
         observation: Any, # that the response without an action answered
     ) -> Any:
         "A legal action to take after a response that holds none: the first of `action_space`. Override to choose another"
-        legal = enumerate_actions(self.action_space, 1) if self.action_space is not None else None
+        legal = enumerate_actions(self.action_space) if self.action_space is not None else None
         if legal: return legal[0]
         warnings.warn("a response held no action, and the agent knows no legal one: it takes 0. Pass action_space=env.action_space, "
                       "or write fallback_action(observation)", stacklevel=3)
@@ -314,7 +316,7 @@ class Agent(ABC):
         "An agent that speaks a task's words"
         return TaskAgent(task, model, tokenizer, config)
 
-# %% ../nbs/09_agent.ipynb #5e71c441
+# %% ../nbs/09_agent.ipynb #5753cb54
 class TaskAgent(Agent):
     "The agent of a `Task`: the three methods are the task's"
     def __init__(self,
@@ -348,6 +350,8 @@ class TaskAgent(Agent):
         self.info = info or {}
         return super().act(observation)
 
+    def __repr__(self): return f"Agent.for_task({self.words.name}, {self.policy!r})"
+
     def fallback_action(self, observation):
         if self.action_space is None: self.action_space = self.words.make().action_space
         return self.words.fallback_action(observation, self.info, self.action_space)
@@ -356,7 +360,7 @@ class TaskAgent(Agent):
         "The task, in another environment if one is given"
         return self.words if env is None else dataclasses.replace(self.words, env=env)
 
-# %% ../nbs/09_agent.ipynb #2bde0b0b
+# %% ../nbs/09_agent.ipynb #f410c986
 def as_policy(
     model: Policy | PreTrainedModel | PeftModel,       # what the user has
     tokenizer: PreTrainedTokenizerBase | None,         # its tokenizer
@@ -367,7 +371,7 @@ def as_policy(
     if tokenizer is None: raise TypeError(f"a tokenizer is needed with a {type(model).__name__}; only a Policy brings its own")
     if getattr(model, "is_quantized", False) and not isinstance(model, PeftModel):
         raise TypeError("a quantised model cannot be trained itself: put an adapter on it with peft.get_peft_model(model, LoraConfig(...))")
-    return Policy(model, tokenizer, config.model.critic, config.model.value_hidden)
+    return Policy(model, tokenizer, config.model.critic, config.model.value_hidden, seed=config.model.seed)
 
 def context_limit(
     policy: Policy, # whose model to ask

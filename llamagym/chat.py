@@ -215,7 +215,7 @@ def encode_pieces(
     encode_first = encode_text if begin else encode_after
     return [*encode_first(tokenizer, pieces[0]), *(i for piece in pieces[1:] for i in encode_after(tokenizer, piece))]
 
-# %% ../nbs/01_chat.ipynb #dfd9af75
+# %% ../nbs/01_chat.ipynb #750d40be
 def fill_slot(
     tokenizer: PreTrainedTokenizerBase,
     slot: Slot,
@@ -228,8 +228,13 @@ def fill_slot(
         pieces = [slot.before + pieces[0], *pieces[1:]]
         return encode_pieces(tokenizer, [*pieces[:-1], pieces[-1] + slot.after], begin)
 
+    def ways():
+        yield [text]
+        yield cut_markers(text, any_of(markers.values()))
+        yield [*text] or [text]
+
     text, expected = slot.trim(text), [i for i in encode([SENTINELS[0]]) if i in markers]
-    for pieces in ([text], cut_markers(text, any_of(markers.values())), [*text] or [text]):
+    for pieces in ways():
         ids = encode(pieces)
         if [i for i in ids if i in markers] == expected: return ids
     raise ValueError(f"the tokenizer makes a marker of plain text in {text!r}; it would forge a turn of the conversation")
@@ -276,7 +281,7 @@ def find_ends(
         ends[eos] = between.index(eos) + 1 if eos in between[:closing] else 0
     return ends
 
-# %% ../nbs/01_chat.ipynb #23e16be7
+# %% ../nbs/01_chat.ipynb #9bf0aa19
 class ChatFormat:
     "What a chat template puts around turns, as ids"
     stop_ids: frozenset[int] # ids that end a response: the template's own end of turn, and the tokenizer's end of sequence
@@ -373,7 +378,7 @@ class ChatFormat:
         def verbatim(marker: str) -> bool:
             try: return before + marker + after in self.template.render(chat_messages(None, user, before + marker + after, user))
             except TemplateError: return True
-        return any_of([marker for marker in self.markers.values() if verbatim(marker)])
+        return any_of([marker for marker in self.markers.values() if marker not in self.template.source or verbatim(marker)])
 
     @staticmethod
     def of(

@@ -4,19 +4,23 @@
 
 # %% auto #0
 __all__ = ['CRITICS', 'recover_folder', 'atomic_folder', 'compute_dtype', 'as_dtype', 'load_base', 'nf4_config', 'keep_float32',
-           'head_logits', 'ValueHead', 'Score', 'Policy', 'add_lora', 'load_policy', 'base_state', 'write_policy',
-           'read_meta', 'read_policy', 'restore_policy', 'merge_and_save']
+           'head_logits', 'ValueHead', 'Score', 'base_of', 'Policy', 'add_lora', 'load_policy', 'policy_from_config',
+           'bare', 'write_policy', 'read_meta', 'read_policy', 'restore_policy', 'merge_and_save']
 
-# %% ../nbs/05_policy.ipynb #ba644235
+# %% ../nbs/05_policy.ipynb #3e676766
 import contextlib
 import copy
 import json
+import logging
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+# peft imports bitsandbytes, which regrets on every CPU that an optional bfloat16 kernel is missing; a policy uses float32 there
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +30,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from .config import LoRAConfig
+from .config import LoRAConfig, ModelConfig
 from .extras import require
 from .tiny import tiny_model, tiny_tokenizer
 
@@ -173,28 +177,51 @@ class Score:
 
 CRITICS = ("reference", "detached", "shared")
 
-# %% ../nbs/05_policy.ipynb #358deb5a
+# %% ../nbs/05_policy.ipynb #de85b865
+def base_of(
+    causal_lm: PreTrainedModel, # that somebody loaded
+) -> dict | None: # arguments of `load_base`; `None` where the weights have to be saved with the policy
+    "Where a model came from, if it can be loaded from there again. Weights changed in memory since are not noticed: save such a model, and load that"
+    if not causal_lm.name_or_path: return None
+    base = dict(name=causal_lm.name_or_path, dtype=str(causal_lm.dtype).removeprefix("torch."))
+    if not getattr(causal_lm, "is_quantized", False): return base
+    quantization = causal_lm.config.quantization_config
+    nf4 = getattr(quantization, "bnb_4bit_quant_type", None) == "nf4" and quantization.bnb_4bit_use_double_quant
+    return base | dict(quantize="nf4") if nf4 else None
+
 class Policy:
     "A causal LM with a trained adapter (or none: trained whole), a frozen reference and a value head"
     def __init__(self,
         model: PreTrainedModel | PeftModel, # plain models are fine-tuned whole, peft models through their active adapter
         tokenizer: PreTrainedTokenizerBase, # the model's own
         critic: str = "reference",          # where the value head reads: "reference", "detached" or "shared"
-        value_width: int = 0,               # hidden units of the value head
-        base: dict | None = None,           # arguments of `load_base` that make the base again; default: it is saved with the policy
+        value_hidden: int = 0,               # hidden units of the value head
+        base: dict | None = None,           # arguments of `load_base` that make the base again; default: see `base_of`
+        seed: int = 0,                      # of the value head's weights
     ):
         if not isinstance(model, (PreTrainedModel, PeftModel)):
             raise TypeError(f"model is a {type(model).__name__}; expected a transformers causal LM, a peft model or a Policy")
         if not isinstance(tokenizer, PreTrainedTokenizerBase): raise TypeError(f"tokenizer is a {type(tokenizer).__name__}; expected a transformers tokenizer")
         if critic not in CRITICS: raise ValueError(f"critic={critic!r}: expected one of {', '.join(CRITICS)}")
-        self.model, self.tokenizer, self.critic, self.base = model.eval(), tokenizer, critic, base
+        self.model, self.tokenizer, self.critic = model.eval(), tokenizer, critic
         self.causal_lm: PreTrainedModel = model.get_base_model() if self.is_peft else model
+        self.base = base or base_of(self.causal_lm)
         if not self.causal_lm.can_generate():
             raise TypeError(f"{type(self.causal_lm).__name__} has no language-model head; load it with AutoModelForCausalLM")
         if self.device.type == "cpu": keep_float32(self.causal_lm)
         self.adapter = model.active_adapter if self.is_peft else None
+        if self.is_peft: model.set_adapter(self.adapter)      # one that was loaded is frozen until it is set
+        if not self.parameters(): raise ValueError(f"no parameter of the {type(self.causal_lm).__name__} requires a gradient: nothing could be learned; call requires_grad_() on what is to be trained")
         self.has_reference, self._frozen, self._as_reference = False, None, False
-        self.value_head = ValueHead(self.hidden_size, value_width).to(self.device)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.value_head = ValueHead(self.hidden_size, value_hidden).to(self.device)
+
+    def __repr__(self):
+        trained = sum(p.numel() for p in self.parameters())
+        return (f"Policy({type(self.causal_lm).__name__}, {self.causal_lm.num_parameters():,} parameters, {trained:,} of them trained"
+                f"{' through a LoRA adapter' if self.is_peft else ''}, critic {self.critic!r}, "
+                f"reference {'set' if self.has_reference else 'is the base'})")
 
     @property
     def is_peft(self) -> bool: return isinstance(self.model, PeftModel)
@@ -314,14 +341,14 @@ def add_lora(
         torch.manual_seed(seed)
         return get_peft_model(model, lora)
 
-# %% ../nbs/05_policy.ipynb #7f407fd1
+# %% ../nbs/05_policy.ipynb #efbef2b4
 def load_policy(
     name: str | os.PathLike,                  # a saved policy, a hub name, a folder, `"tiny"`
     quantize: str | None = None,              # `None` or `"nf4"`
     lora: LoRAConfig | LoraConfig | None = None, # adapter to train; `None` trains the whole model (not possible with nf4)
     dtype: str | torch.dtype = "auto",        # `"auto"`: float32 on a CPU, bfloat16 or float16 on a GPU
     critic: str = "reference",                # where the value head reads: "reference", "detached" or "shared"
-    value_width: int = 0,                     # hidden units of the value head
+    value_hidden: int = 0,                     # hidden units of the value head
     device: str | torch.device | None = None, # default: the GPU if there is one
     seed: int = 0,                            # of the adapter, and of the tiny model's weights
 ) -> Policy:
@@ -335,43 +362,46 @@ def load_policy(
     model, tokenizer = load_base(str(name), quantize, dtype, device, seed)
     base = dict(name=str(name), quantize=quantize, dtype=str(model.dtype).removeprefix("torch."), seed=seed)
     if lora is not None: model = add_lora(model, lora, seed)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return Policy(model, tokenizer, critic, value_width, base)
+    return Policy(model, tokenizer, critic, value_hidden, base, seed)
 
-Policy.load = staticmethod(load_policy)
+def policy_from_config(
+    config: ModelConfig, # the `model` section of a `Config`
+) -> Policy:
+    "Load what a configuration names"
+    return load_policy(config.name, config.quantize, config.lora, config.dtype, config.critic, config.value_hidden, seed=config.seed)
 
-# %% ../nbs/05_policy.ipynb #61724fea
-def base_state(
+Policy.load, Policy.from_config = staticmethod(load_policy), staticmethod(policy_from_config)
+
+# %% ../nbs/05_policy.ipynb #380306c3
+def bare(
     policy: Policy, # with adapters
-) -> dict[str, Tensor]: # names and weights as the base itself would save them
-    "The weights under the adapters"
-    own = tuple(f".{name}." for name in policy.model.peft_config)
-    return {name.replace(".base_layer.", ".").replace(".original_module.", "."): w for name, w in policy.causal_lm.state_dict().items()
-            if not any(o in f"{name}." for o in own)}
+) -> PreTrainedModel: # a copy
+    "The base under the adapters, by itself"
+    model = copy.deepcopy(policy.model)
+    return model.unload()
 
-# %% ../nbs/05_policy.ipynb #d07403fd
+# %% ../nbs/05_policy.ipynb #5c410714
 def write_policy(
     policy: Policy,          # to save
     path: str | os.PathLike, # folder; replaced whole, or left as it was if anything fails
 ) -> Path:
     "Save adapters (or the whole model), value head, reference and tokenizer"
-    meta = dict(format=1, critic=policy.critic, value_width=policy.value_head.width, adapter=policy.adapter,
+    meta = dict(format=1, critic=policy.critic, value_hidden=policy.value_head.width, adapter=policy.adapter,
                 has_reference=policy.has_reference, base=policy.base)
     with atomic_folder(path) as folder:
         if policy.is_peft:
             policy.model.save_pretrained(folder/"adapters", selected_adapters=[policy.adapter] + ["reference"] * policy.has_reference)
-            if policy.base is None: policy.causal_lm.save_pretrained(folder/"base", state_dict=base_state(policy))
+            if policy.base is None: bare(policy).save_pretrained(folder/"base")
         else:
             policy.causal_lm.save_pretrained(folder/"model")
             if policy.has_reference: policy._frozen.save_pretrained(folder/"reference")
-        for name in ("tokenizer", "base", "model"):
+        for name in ("tokenizer", "base", "model", "reference"):
             if name == "tokenizer" or (folder/name).exists(): policy.tokenizer.save_pretrained(folder/name)
         save_file({k: v.contiguous().cpu() for k, v in policy.value_head.state_dict().items()}, folder/"value_head.safetensors")
         (folder/"policy.json").write_text(json.dumps(meta, indent=1))
     return Path(path)
 
-# %% ../nbs/05_policy.ipynb #59c3246f
+# %% ../nbs/05_policy.ipynb #4a5a55e4
 def read_meta(
     path: str | os.PathLike, # folder that `Policy.save` wrote
 ) -> dict:
@@ -406,21 +436,21 @@ def read_policy(
                                           adapter_name=adapter, is_trainable=True)
         if meta["has_reference"]: model.load_adapter(_adapter_folder(path, "reference"), adapter_name="reference")
         model.set_adapter(adapter)
-    policy = Policy(model, AutoTokenizer.from_pretrained(path/"tokenizer"), meta["critic"], meta["value_width"], meta["base"])
+    policy = Policy(model, AutoTokenizer.from_pretrained(path/"tokenizer"), meta["critic"], meta["value_hidden"], meta["base"])
     policy.has_reference, policy._frozen = meta["has_reference"], frozen
     policy.value_head.load_state_dict(load_file(path/"value_head.safetensors"))
     return policy
 
 Policy.save = write_policy
 
-# %% ../nbs/05_policy.ipynb #6c16f0bb
+# %% ../nbs/05_policy.ipynb #5675fac9
 def restore_policy(
     policy: Policy,          # made like the one that was saved
     path: str | os.PathLike, # folder that `Policy.save` wrote
 ) -> None:
     "Put saved weights into a policy that is already loaded. Raises `ValueError` if they belong to one of another kind"
     path, meta = Path(path), read_meta(path)
-    for name, mine in (("adapter", policy.adapter), ("critic", policy.critic), ("value_width", policy.value_head.width)):
+    for name, mine in (("adapter", policy.adapter), ("critic", policy.critic), ("value_hidden", policy.value_head.width)):
         if meta[name] != mine: raise ValueError(f"{path} was saved with {name}={meta[name]!r}, this policy has {name}={mine!r}; load it with Policy.load")
     if meta["has_reference"] and not policy.has_reference: policy.set_reference()
     if policy.has_reference and not meta["has_reference"]: policy.drop_reference()

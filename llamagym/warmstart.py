@@ -137,7 +137,7 @@ def _trainer_class():
 
     return CloneTrainer
 
-# %% ../nbs/11_warmstart.ipynb #bf4d4b8b
+# %% ../nbs/11_warmstart.ipynb #3948d823
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     "Without the advice that does not apply here"
@@ -167,6 +167,8 @@ def clone(
             use_cpu=policy.device.type == "cpu", bf16=False, gradient_checkpointing=False, max_length=None, remove_unused_columns=False,
             dataset_kwargs=dict(skip_prepare_dataset=True), save_strategy="no", logging_strategy="no", report_to="none",
             disable_tqdm=not progress)
+        use_cache = policy.causal_lm.config.use_cache
+        forwards = [(m, {k: v for k, v in vars(m).items() if k == "forward"}) for m in {policy.model, policy.causal_lm}]
         trained = {name: (p, p.data.clone()) for name, p in policy.model.named_parameters() if p.requires_grad}
         trainer = _trainer_class()(policy, config.critic_coef, args=args, train_dataset=datasets.Dataset.from_dict(columns),
                                    data_collator=_Collator(policy.pad_id))
@@ -176,6 +178,8 @@ def clone(
         finally:
             policy.model.eval()
             policy.model.zero_grad(set_to_none=True); policy.value_head.zero_grad(set_to_none=True)
+            policy.causal_lm.config.use_cache = use_cache
+            for module, own in forwards: module.__dict__.pop("forward", None); module.__dict__.update(own)   # TRL's are bound to this model, and would misdirect a copy
     policy.set_reference()
     last = np.array(trainer.losses[-max(1, len(trainer.losses) // 10):]).mean(0)
     return dict(loss=float(last[0]), value_loss=float(last[1]), tokens=float(sum(map(len, columns["input_ids"])) * config.epochs),

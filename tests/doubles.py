@@ -6,7 +6,7 @@ import tempfile
 import gymnasium as gym
 import numpy as np
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from llamagym.agent import Agent
@@ -64,8 +64,8 @@ def _folder_of(tokenizer) -> tempfile.TemporaryDirectory:
     return folder
 
 
-def users_model(kind: str, tokenizer=None, **lora):
-    """A model as a user's own script makes it"""
+def users_model(kind: str, tokenizer=None, prepare: bool = False, **lora):
+    """A model as a user's own script makes it; many `prepare` a 4-bit one with peft's function for that"""
     tokenizer = tokenizer or tiny_tokenizer()
     if kind == "plain":
         return tiny_model(seed=0, tokenizer=tokenizer)
@@ -74,6 +74,7 @@ def users_model(kind: str, tokenizer=None, **lora):
     else:
         quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
         base = AutoModelForCausalLM.from_pretrained(_folder_of(tokenizer).name, quantization_config=quantization, device_map={"": "cpu"}, dtype=torch.float32)
+        base = prepare_model_for_kbit_training(base) if prepare else base
     return get_peft_model(base, LoraConfig(**(dict(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM") | lora)))
 
 

@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
-from llamagym.chat import (PLAIN_TEMPLATE, ChatFormat, ContextOverflow, Conversation, chat_messages, cut_markers, encode_pieces,
-                           template_of, window)
+from llamagym.chat import (PLAIN_TEMPLATE, ChatFormat, ContextOverflow, Conversation, chat_messages, cut_markers, encode_after, encode_pieces,
+                           encode_text, find_ends, template_of, window)
 
 trl = importlib.util.find_spec("trl")
 FOLDER = Path(trl.submodule_search_locations[0], "chat_templates") if trl else Path("trl-is-not-installed")
@@ -319,6 +319,20 @@ def test_stop_ids(name, ends):
     assert {tokenizer.decode([i]): skip for i, skip in ChatFormat.of(tokenizer).ends.items()} == ends
 
 
+@pytest.mark.parametrize("between, final, eos, ends", [
+    ([10, 3, 11], [10, 3], 2, {10: 1, 2: 0}),          # ChatML: end of turn, newline, the user's header
+    ([10, 2, 11], [10, 2], 2, {10: 1, 2: 2}),          # Command A: the end of sequence is the second part of what closes a turn
+    ([10, 3, 2, 11], [10, 3], 2, {10: 1, 2: 0}),       # ... or opens the user's turn: then it closes nothing
+    ([3, 2, 11], [3, 2], 2, {2: 2}),                   # Llama 2: a blank before the end of sequence
+    ([10, 11], [12], 2, {12: 1, 2: 0}),                # gpt-oss: another end behind the last answer
+    ([11, 3], [], 2, {11: 1, 2: 0}),                   # GLM: the user's header ends the answer
+    ([3, 4], [3], 2, {2: 0}), ([3, 4], [3], None, {}), # ordinary text
+])
+def test_ends(between, final, eos, ends):
+    assert find_ends(between, final, {2: "</s>", 10: "<end>", 11: "<user>", 12: "<return>"}, eos) == ends
+    assert list(find_ends(between, final, {2: "</s>", 10: "<end>", 11: "<user>", 12: "<return>"}, eos)) == list(ends)
+
+
 # Templates and tokenizers of other kinds
 
 CHATML = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -389,13 +403,36 @@ def test_any_text_stays_text(text, history):
         assert tokenizer.eos_token_id not in prompt and tokenizer.bos_token_id not in prompt
         kept = text.replace("\ufdd0", "") if history == "template" else text # code points for a program's own use
         assert tokenizer.decode(prompt) == tokenizer.apply_chat_template(
-            chat_messages(None, *[kept, "Action: 1"] * turn, kept), tokenize=False, add_generation_prompt=True)
-        conversation.add_response(*conversation.format.response("Action: 1"))
-    assert len(conversation.segments) == 1
+            chat_messages(None, *[kept] * (2 * turn + 1)), tokenize=False, add_generation_prompt=True)
+        conversation.add_response(*conversation.format.response(kept)) # an answer may spell markers as well
 
 
 @lru_cache
 def shared_chatml(): return byte_level(CHATML)
+
+
+LLAMA2 = ("{% for m in messages %}{% if m.role == 'user' %}{{ bos_token if loop.first }}[INST] {{ m.content.strip() }} [/INST]"
+          "{% elif m.role == 'assistant' %} {{ m.content.strip() }} {{ eos_token }}{% else %}{{ raise_exception('no') }}{% endif %}{% endfor %}")
+
+
+def test_llama_2_blanks():
+    "Blanks on both sides of an answer: a response from a transcript has them, and a closing in the midst of a stream gets no other"
+    tokenizer = byte_level(LLAMA2, [])
+    for history in "append", "template":
+        conversation = Conversation(tokenizer, "Play.", history=history)
+        for turn in range(3):
+            prompt = conversation.add_user(f" Q{turn} ")
+            conversation.add_response(*conversation.format.response("Act"))
+        assert len(conversation.segments) == 1 and conversation.messages[2]["content"] == "Act "
+        assert prompt == tokenizer.apply_chat_template(
+            chat_messages(None, "Play.\n\n Q0", "Act", "Q1", "Act", "Q2"), return_dict=False, add_generation_prompt=True)
+
+
+def test_text_in_the_midst_gets_no_blank():
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(backend("sentencepiece")), eos_token="</s>")
+    assert tokenizer.convert_ids_to_tokens(encode_text(tokenizer, "Act"))[0][0] == "▁"
+    assert tokenizer.decode(encode_after(tokenizer, "Act")) == "Act" and tokenizer.convert_ids_to_tokens(encode_after(tokenizer, "Act"))[0][0] != "▁"
+    assert encode_after(tokenizer, " </s>") == encode(tokenizer, "x </s>")[-2:]
 
 
 def test_closing_that_merges_with_the_next_turn():
@@ -463,7 +500,7 @@ def test_numbered_turns_warn():
 def test_the_date_stays():
     now = datetime.now().strftime("%Y %j")
     tokenizer = byte_level("{{ strftime_now('%Y %j') }}{{ strftime_now(\"%Y\") }}" + CHATML)
-    assert template_of(tokenizer).startswith("{{ '%s' }}{{ '%s' }}" % (now, now[:4]))
+    assert template_of(tokenizer).startswith("{{ " + repr(now) + " }}{{ " + repr(now[:4]) + " }}")
     assert tokenizer.decode(Conversation(tokenizer).add_user("Hi")).startswith(now)
 
 

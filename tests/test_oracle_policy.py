@@ -137,12 +137,12 @@ def test_oracle_sampler_of_every_family(family):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_oracle_number_of_slots_changes_nothing(kind, taught):
-    agent = lake_agent(taught(kind), max_steps=7)
-    played = {n: collect(agent, episodes=18, num_envs=n, seed=3) for n in (1, 4, 16)}
-    assert len({len(e) for e in played[1]}) > 2  # episodes of different lengths: slots are refilled out of step
+    agent = lake_agent(taught(kind), max_steps=6)
+    played = {n: collect(agent, episodes=17, num_envs=n, seed=3) for n in (1, 4, 16)}
+    assert len({len(e) for e in played[1]}) > 1  # episodes of different lengths: slots are refilled out of step
     assert len({tuple(t.response_ids) for e in played[1] for t in e.turns}) > 5
     for n in (4, 16):
-        assert [e.index for e in played[n]] == list(range(18))
+        assert [e.index for e in played[n]] == list(range(17))
         for one, many in zip(played[1], played[n]):
             assert [s.ids for s in one.segments] == [s.ids for s in many.segments]
             assert [(t.action, t.reward, t.valid, t.terminated, t.truncated) for t in one.turns] == [
@@ -161,7 +161,7 @@ def test_oracle_draw_inverts_the_distribution():
     assert draw(dist, uniform).tolist() == [1, 1, 3, 3, 4, 4, 4]  # never an id without mass, at either end
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.5])
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
 def test_oracle_sampled_frequencies(temperature):
     policy = make_policy("plain")
     n, prompt = 4000, [1, 20, 300]
@@ -169,7 +169,7 @@ def test_oracle_sampled_frequencies(temperature):
     expected = whole_model(policy.model, [prompt], temperature)[0][-1].exp().numpy()
     likely = np.flatnonzero(expected > 0.002)
     observed = np.bincount([s.ids[0] for s in samples], minlength=len(expected))
-    assert expected[likely].sum() > 0.5
+    assert len(likely) > 10
     error = (observed[likely] - n * expected[likely]) / np.sqrt(n * expected[likely] * (1 - expected[likely]))
     assert np.abs(error).max() < 4.5 and 0.7 < np.sqrt((error**2).mean()) < 1.3
 
@@ -308,19 +308,41 @@ def test_oracle_clone_steps_the_critic_by_this_batch_alone():
     weight.register_hook(lambda grad: fresh.append(grad.clone()))
     weight.register_post_accumulate_grad_hook(lambda p: whole.append(p.grad.clone()))
     task = lake(4)
-    clone(Agent.for_task(task, policy, config=config()), play(task, RandomAgent(task), 16), WarmstartConfig(epochs=2, batch_size=8), progress=False)
+    episodes = play(task, RandomAgent(task), 16)
+    for i, episode in enumerate(episodes):
+        episode.turns[-1].reward = 1.0 + i
+    clone(Agent.for_task(task, policy, config=config()), episodes, WarmstartConfig(epochs=2, batch_size=8), progress=False)
     assert len(fresh) == 4 and fresh[0].norm() > 0
     assert all(torch.equal(a, b) for a, b in zip(fresh, whole))
     assert all(p.grad is None or not p.grad.any() for p in [*policy.parameters(), *policy.value_head.parameters()])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_oracle_clone_leaves_no_trace_of_its_trainer(kind):
+    """Nothing of the trainer's own stays on the model, whose copies and references would carry it along"""
+    policy, task = make_policy(kind), lake(2)
+    policy.set_reference()
+    module_state = lambda: {name: ("forward" in m.__dict__, m.training, len(m._forward_hooks), len(m._forward_pre_hooks)) for name, m in policy.model.named_modules()}
+    before, settings = module_state(), policy.causal_lm.config.to_dict()
+    trained = [n for n, p in policy.model.named_parameters() if p.requires_grad]
+    kinds = {n: (p.dtype, p.device) for n, p in policy.model.named_parameters()}
+    clone(Agent.for_task(task, policy, config=config()), play(task, RandomAgent(task), 2), WarmstartConfig(epochs=1), progress=False)
+    assert module_state() == before and policy.causal_lm.config.to_dict() == settings
+    assert [n for n, p in policy.model.named_parameters() if p.requires_grad] == trained
+    assert {n: (p.dtype, p.device) for n, p in policy.model.named_parameters()} == kinds
+    other = copy.deepcopy(policy)
+    hidden = torch.randn(5, policy.hidden_size)
+    for p in (policy, other):
+        assert torch.equal(p.reference_logits(hidden), p.logits(hidden)) and len(p.logits(hidden)) == 5
 
 
 def test_oracle_clone_imitates_responses_and_learns_returns():
     """The first batch's losses, against loops over the transcripts' tokens in float64; then both fall"""
     task = lake(4)
     episodes = play(task, RandomAgent(task), 8)
-    for i, episode in enumerate(episodes):
+    for episode in episodes:
         for t, turn in enumerate(episode.turns):
-            turn.reward = i - 2.0 * t
+            turn.reward = 2.0 * t - 5.0
     policy = make_policy("lora")
     agent = Agent.for_task(task, policy, config=config(credit__gamma=0.5))
     double = copy.deepcopy(policy.model).double()
@@ -365,13 +387,13 @@ def moved(policy: Policy) -> Policy:
 @pytest.mark.parametrize("reference", [True, False], ids=["reference", "no-reference"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_oracle_save_load_restore(kind, reference, tmp_path):
-    policy = moved(make_policy(kind, value_width=8, critic="detached"))
+    policy = moved(make_policy(kind, value_hidden=8, critic="detached"))
     if not reference:
-        policy = make_policy(kind, value_width=8, critic="detached")
+        policy = make_policy(kind, value_hidden=8, critic="detached")
         shake(policy.value_head.parameters(), 0.5)
     assert policy.save(tmp_path / "p") == tmp_path / "p"
     loaded = Policy.load(tmp_path / "p", device="cpu")
-    other = make_policy(kind, value_width=8, critic="detached", shaken=False)
+    other = make_policy(kind, value_hidden=8, critic="detached", shaken=False)
     if kind != "plain":
         shake(other.parameters(), 0.05, seed=9)
     other.restore(tmp_path / "p")
