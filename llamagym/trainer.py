@@ -124,7 +124,7 @@ class Run:
         last = f", last return {self.history[-1]['mean_return']:.3f}" if self.history else ""
         return f"Run({str(self.output_dir)!r}, {state} after {len(self.history)} updates{last})" + (f"\n{self.evaluation!r}" if self.evaluation else "")
 
-# %% ../nbs/12_trainer.ipynb #3f8b45cf
+# %% ../nbs/12_trainer.ipynb #c108c660
 class Trainer:
     "Trains an agent in an environment"
     def __init__(self,
@@ -138,6 +138,7 @@ class Trainer:
         self.output_dir, self.updates = Path(self.config.output_dir), self.config.updates
         self.callbacks = [Progress(), Metrics(), *map(as_callback, callbacks)]
         self.update, self.episodes, self.history = 0, 0, []
+        self._saved: int | None = None      # the update that the newest checkpoint was written after
         self.evaluation: Evaluation | None = None
         agent.learner.failure_dir = self.output_dir/"failed"
 
@@ -181,8 +182,10 @@ class Trainer:
                 self._tell("on_log", metrics)
                 if self._due(self.config.checkpoint_every): self.save_checkpoint()
         except KeyboardInterrupt: interrupted = True
-        finally: self._tell("on_fit_end")
-        self.save_checkpoint()
+        finally:        # whatever stopped the run, what it has learned is kept
+            try:
+                if self._saved != self.update: self.save_checkpoint()
+            finally: self._tell("on_fit_end")
         return Run(self.output_dir, self.history, self.evaluation, interrupted)
 
     def _due(self, every: int) -> bool: return every > 0 and (self.update % every == 0 or self.update == self.updates)
@@ -195,6 +198,7 @@ class Trainer:
             save_learner(self.agent.learner, folder)
             (folder/"trainer.json").write_text(json.dumps(dict(update=self.update, episodes=self.episodes, history=self.history)))
             self.agent.config.save(folder/"config.toml")
+        self._saved = self.update
         self._tell("on_checkpoint", path)
         return path
 
@@ -209,6 +213,7 @@ class Trainer:
         load_learner(self.agent.learner, path)
         state = json.loads((path/"trainer.json").read_text())
         self.update, self.episodes, self.history = state["update"], state["episodes"], state["history"]
+        self._saved = self.update
 
 def as_callback(
     callback: str | Callback, # a registered name, or the thing itself

@@ -1,0 +1,747 @@
+"""Bad input to policy, engine, ppo, agent, rollout, warmstart and trainer: what the error says, and that nothing collected before it is lost."""
+
+import copy
+import re
+import warnings
+
+import numpy as np
+import peft
+import pytest
+import torch
+import transformers
+from doubles import RANK, Walk, config, lake, lake_agent, make_policy, tokenizer_of, users_model, walk_task
+
+from llamagym.agent import Agent, InvalidResponse
+from llamagym.buffer import Episode
+from llamagym.chat import ContextOverflow
+from llamagym.config import Config, GenerateConfig, LoRAConfig, PPOConfig, WarmstartConfig
+from llamagym.engine import Engine
+from llamagym.policy import Policy
+from llamagym.ppo import PPO, NonFiniteLoss, annotate
+from llamagym.rollout import RolloutError, collect, evaluate
+from llamagym.task import RandomAgent, play
+from llamagym.tiny import tiny_config, tiny_model, tiny_tokenizer
+from llamagym.trainer import Callback, Trainer
+from llamagym.warmstart import clone, encode, from_messages, transcripts
+
+pytestmark = pytest.mark.filterwarnings("ignore:none of .* responses held an action", "ignore:.*is_gradient_checkpointing")
+
+
+@pytest.fixture(scope="module")
+def policy() -> Policy:
+    return make_policy("lora")
+
+
+def agent_of(policy, task=None, **options) -> Agent:
+    return Agent.for_task(task or walk_task(), policy, config=config(**options))
+
+
+class Plain(Agent):
+    """The three methods, and nothing else"""
+
+    def get_system_prompt(self):
+        return "Walk."
+
+    def format_observation(self, observation):
+        return f"Step {observation}."
+
+    def extract_action(self, response):
+        return 0
+
+
+def plain_agent(policy, cls=Plain, **options) -> Agent:
+    return cls(policy, config=config(**options))
+
+
+# policy
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kind", "message"),
+    [
+        (dict(name="tiny:lama"), ValueError, "unknown tiny family 'lama'; expected one of llama, smollm, qwen2"),
+        (dict(quantize="int8", lora=RANK), ValueError, "quantize='int8': expected None or 'nf4'"),
+        (dict(quantize="nf4"), ValueError, r"4-bit weights cannot be trained themselves: pass lora=LoRAConfig\(...\) with quantize='nf4'"),
+        (dict(dtype="float33"), ValueError, "dtype='float33': expected 'auto', 'float32', 'bfloat16' or 'float16'"),
+        (dict(lora=3), TypeError, "lora=3: expected a llamagym.config.LoRAConfig or a peft.LoraConfig"),
+        (dict(lora=LoRAConfig(target_modules=["nope"])), ValueError, "Target modules .*nope.* not found in the base model"),
+        (dict(critic="none"), ValueError, "critic='none': expected one of reference, detached, shared"),
+        (dict(name="./no/such/folder"), FileNotFoundError, "./no/such/folder is not a folder; expected a checkpoint, a saved policy, a hub name or 'tiny'"),
+        (dict(name=3), TypeError, "3|int"),
+    ],
+    ids=str,
+)
+def test_bad_input_policy_load(arguments, kind, message):
+    with pytest.raises(kind, match=message):
+        Policy.load(**(dict(name="tiny", device="cpu") | arguments))
+
+
+@pytest.mark.parametrize(
+    ("model", "kind", "message"),
+    [
+        ("llama", TypeError, "model is a str; expected a transformers causal LM, a peft model or a Policy"),
+        (None, TypeError, "model is a NoneType; expected"),
+        (torch.nn.Linear(2, 2), TypeError, "model is a Linear; expected"),
+        (lambda: transformers.AutoModel.from_config(tiny_config()), TypeError, "LlamaModel has no language-model head; load it with AutoModelForCausalLM"),
+    ],
+    ids=["str", "None", "module", "headless"],
+)
+def test_bad_input_policy(model, kind, message):
+    with pytest.raises(kind, match=message):
+        Policy(model() if callable(model) and not isinstance(model, torch.nn.Module) else model, tiny_tokenizer())
+
+
+def test_bad_input_policy_without_a_tokenizer():
+    with pytest.raises(TypeError, match="tokenizer is a NoneType; expected a transformers tokenizer"):
+        Policy(tiny_model(), None)
+
+
+def test_bad_input_saved_policies(policy, tmp_path):
+    with pytest.raises(FileNotFoundError, match=f"no policy saved at {tmp_path}: .*policy.json is missing"):
+        policy.restore(tmp_path)
+    policy.save(tmp_path / "p")
+    with pytest.raises(ValueError, match="is a saved policy, which brings its own adapter and quantisation; leave lora and quantize out"):
+        Policy.load(tmp_path / "p", lora=RANK)
+    for other, message in (
+        (make_policy("plain"), r"was saved with adapter='default', this policy has adapter=None; load it with Policy.load"),
+        (make_policy("lora", critic="shared"), r"was saved with critic='reference', this policy has critic='shared'"),
+        (make_policy("lora", value_hidden=4), r"was saved with value_hidden=0, this policy has value_hidden=4"),
+    ):
+        weights = [p.clone() for p in other.parameters()]
+        with pytest.raises(ValueError, match=message):
+            other.restore(tmp_path / "p")
+        assert all(torch.equal(a, b) for a, b in zip(other.parameters(), weights))
+    meta = tmp_path / "p" / "policy.json"
+    meta.write_text(meta.read_text().replace('"format": 1', '"format": 99'))
+    with pytest.raises(ValueError, match="has policy format 99; this version reads format 1"):
+        Policy.load(tmp_path / "p")
+
+
+def test_bad_input_references_do_not_nest(policy):
+    with policy.as_reference(), pytest.raises(RuntimeError, match=r"as_reference\(\) is already active"), policy.as_reference():
+        pass
+    with pytest.raises(ZeroDivisionError), policy.as_reference():
+        1 / 0  # noqa: B018
+    assert not policy._as_reference and all(p.requires_grad for p in policy.parameters())
+
+
+def test_bad_input_frozen_adapters_are_trained_and_frozen_models_refused(policy, tmp_path):
+    """peft loads an adapter frozen unless told otherwise: a run on it would learn nothing, and say nothing"""
+    policy.model.save_pretrained(tmp_path)
+    frozen = peft.PeftModel.from_pretrained(tiny_model(), tmp_path)
+    assert not any(p.requires_grad for p in frozen.parameters())
+    again = Policy(frozen, tiny_tokenizer())
+    assert [p.shape for p in again.parameters()] == [p.shape for p in policy.parameters()]
+    with pytest.raises(ValueError, match="(?i)no .*trainable|nothing .*train|requires_grad"):
+        Policy(tiny_model().requires_grad_(False), tiny_tokenizer())
+
+
+# engine
+
+
+@pytest.mark.parametrize(
+    ("prompts", "streams", "kind", "message"),
+    [
+        ([[1], [2]], 1, ValueError, "2 prompts but 1 random streams; each prompt needs its own"),
+        ([[1], []], 2, ValueError, r"prompts \[1\] are empty; a prompt needs at least one id"),
+        ([[1, 10**6]], 1, ValueError, "1000000"),
+        ([[-1]], 1, ValueError, "-1"),
+        (["text"], 1, TypeError, "str.*ids"),
+        ([[1]], [0], TypeError, "int.*Generator"),
+    ],
+    ids=["streams", "empty", "unknown-id", "negative-id", "text", "no-stream"],
+)
+def test_bad_input_engine(policy, prompts, streams, kind, message):
+    streams = [np.random.default_rng(i) for i in range(streams)] if isinstance(streams, int) else streams
+    with pytest.raises(kind, match=message):
+        Engine(policy, (), GenerateConfig(max_new_tokens=2)).sample(prompts, streams)
+
+
+def test_bad_input_engine_of_nothing(policy):
+    assert Engine(policy, (), GenerateConfig()).sample([], []) == []
+
+
+# ppo
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("policy",), "policy is a str; expected a Policy"),
+        ((None, {"clip_range": 0.1}), "config is a dict; expected a PPOConfig"),
+        ((None, PPOConfig(), {"gamma": 1}), "credit is a dict; expected a CreditConfig"),
+    ],
+)
+def test_bad_input_learners(policy, arguments, message):
+    with pytest.raises(TypeError, match=message):
+        PPO(arguments[0] or policy, *arguments[1:])
+
+
+@pytest.mark.parametrize(
+    ("episodes", "kind", "message"),
+    [
+        (lambda played: [], ValueError, "no episodes to learn from"),
+        (lambda played: None, TypeError, "episodes is a NoneType; expected a sequence of Episode"),
+        (lambda played: played[0], TypeError, "episodes is a Episode; expected a sequence of Episode"),
+        (lambda played: [*played, "text"], TypeError, "str"),
+        (lambda played: [Episode()], ValueError, "a batch needs at least one turn, got 1 episodes without any"),
+        (lambda played: play(walk_task(), RandomAgent(walk_task()), 2), ValueError, "episode 0, turn 0: it lies in segment 0, of 0"),
+        (lambda played: spoilt(played, "logprobs", None), ValueError, "episode 1, turn 0: it has no logprobs: record them while sampling"),
+        (lambda played: spoilt(played, "response_ids", [1, 2]), ValueError, "episode 1, turn 0: .*logprobs for 2 response_ids"),
+        (lambda played: spoilt(played, "terminated", False, -1), ValueError, "episode 1 is not over: its last turn is neither terminated nor truncated"),
+        (lambda played: spoilt(played, "truncated", True, -1), ValueError, "is truncated but has no final_ids"),
+    ],
+    ids=["none", "None", "one", "texts", "empty", "transcripts", "no-logprobs", "drifted", "unfinished", "cut"],
+)
+def test_bad_input_learn(policy, episodes, kind, message):
+    agent = agent_of(policy)
+    played = collect(agent, episodes=2, num_envs=2)
+    before = [p.detach().clone() for p in policy.parameters()]
+    with pytest.raises(kind, match=message):
+        agent.learner.learn(episodes(played))
+    assert all(torch.equal(a, b) for a, b in zip(before, policy.parameters())) and not policy._as_reference
+
+
+def spoilt(played, name, value, turn=0):
+    """The second episode with a turn that is not as it should be"""
+    setattr(played[1].turns[turn], name, value)
+    return played
+
+
+def test_bad_input_annotate_names_the_episode(policy):
+    played = collect(agent_of(policy), episodes=2, num_envs=2)
+    played[1].turns[-1].truncated, played[1].turns[-1].terminated = True, False
+    with pytest.raises(ValueError, match=re.escape(f"{played[1]!r} is truncated but has no final_ids to read its last value from")):
+        annotate(policy, played)
+
+
+# agent
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kind", "message"),
+    [
+        (lambda: ("llama", tiny_tokenizer()), TypeError, "model is a str; expected a transformers causal LM, a peft model or a Policy"),
+        (lambda: (tiny_model(),), TypeError, "a tokenizer is needed with a LlamaForCausalLM; only a Policy brings its own"),
+        (lambda: (tiny_model(), "tokenizer"), TypeError, "tokenizer is a str; expected a transformers tokenizer"),
+        (lambda: (tiny_model(), tiny_tokenizer(), "cpu", 3), TypeError, "generate_config_dict is a int: expected a dictionary of names to values"),
+        (lambda: (tiny_model(), tiny_tokenizer(), "cpu", {}, [1]), TypeError, "ppo_config_dict is a list: expected a dictionary"),
+        (lambda: (tiny_model(), tiny_tokenizer(), "cpu", {"generate/max_nw_tokens": 3}), ValueError, "'generate.max_nw_tokens'; did you mean 'generate.max_new_tokens'"),
+        (lambda: (tiny_model(), tiny_tokenizer(), "cpu", {}, {"batchsize": 3}), ValueError, "unknown name 'ppo.batchsize'; did you mean 'ppo.batch_size'"),
+        (lambda: (tiny_model(), tiny_tokenizer(), "cpu", {"max_new_tokens": 0}), ValueError, "generate.max_new_tokens=0: expected >= 1"),
+        (lambda: (tiny_model(), tiny_tokenizer(), "cpu", {"temperature": 0}), ValueError, "generate.temperature=0: expected > 0"),
+        (lambda: (tiny_model(), tiny_tokenizer(), "cpu", None, None, {"ppo.epochs": 1}), TypeError, r"config is a dict; expected a Config \(Config.from_dict makes one\)"),
+        (lambda: (tiny_model(), tiny_tokenizer(), "cpu", {"top_k": 1}, None, Config()), ValueError, "pass either config or the dictionaries of 2024, not both"),
+        (lambda: (tiny_model(), tiny_tokenizer(), "nowhere"), RuntimeError, "nowhere"),
+    ],
+    ids=["model", "no-tokenizer", "tokenizer", "generate", "ppo", "unknown-generate", "unknown-ppo", "range", "temperature", "config", "both", "device"],
+)
+def test_bad_input_agent(arguments, kind, message):
+    with pytest.raises(kind, match=message):
+        Plain(*arguments())
+
+
+def test_bad_input_agent_with_a_bare_quantised_model():
+    with pytest.raises(TypeError, match=r"a quantised model cannot be trained itself: put an adapter on it with peft.get_peft_model\(model, LoraConfig\(...\)\)"):
+        Plain(users_model("nf4").unload(), tiny_tokenizer())
+
+
+def test_bad_input_agent_needs_its_three_methods(policy):
+    class Half(Agent):
+        def get_system_prompt(self):
+            return ""
+
+    with pytest.raises(TypeError, match="abstract methods '?extract_action'?, '?format_observation'?"):
+        Half(policy)
+
+
+@pytest.mark.parametrize("task", ["Blackjack-v1", None, 3])
+def test_bad_input_agent_of_no_task(policy, task):
+    with pytest.raises(TypeError, match=rf"task is a {type(task).__name__}; expected a Task, such as llamagym.task.blackjack\(\)"):
+        Agent.for_task(task, policy)
+
+
+@pytest.mark.parametrize("words", [None, 3, b"Step", ["Step"]])
+def test_bad_input_descriptions_are_texts(policy, words):
+    agent = plain_agent(policy)
+    agent.act(1)
+    agent.format_observation = lambda observation: words
+    with pytest.raises(TypeError, match=f"format_observation gave {re.escape(repr(words))}: expected text, got {type(words).__name__}"):
+        agent.act(2)
+    del agent.format_observation
+    agent.act(2)  # and the episode goes on
+    assert [m["content"] for m in agent.current_episode_messages if m["role"] == "user"] == ["Step 1.", "Step 2."]
+
+
+def test_bad_input_system_prompts_are_texts(policy):
+    class Numbers(Plain):
+        def get_system_prompt(self):
+            return 42
+
+    with pytest.raises(TypeError, match="system_prompt: expected a text or None, got int"):
+        plain_agent(policy, Numbers).act(1)
+
+
+def test_bad_input_calls_out_of_order(policy):
+    agent = plain_agent(policy)
+    with pytest.raises(RuntimeError, match=r"assign_reward\(\) before act\(\): there is no action to reward yet"):
+        agent.assign_reward(1.0)
+    assert agent.terminate_episode() == {} and agent.terminate_episode(train=False) == {}
+    agent.act(1)
+    with pytest.raises(ValueError, match="truncated=True needs next_observation=, the observation that the last env.step returned"):
+        agent.terminate_episode(truncated=True)
+    agent.assign_reward(2.0)
+    agent.terminate_episode()
+    (episode,) = agent.buffer
+    assert episode.total_reward == 2.0 and episode.terminated
+    with pytest.raises(RuntimeError, match=r"before act\(\)"):
+        agent.assign_reward(1.0)
+
+
+@pytest.mark.parametrize(
+    ("reward", "kind", "message"),
+    [
+        (None, TypeError, "reward None: expected a number, got NoneType"),
+        ("1", TypeError, "reward '1': expected a number, got str"),
+        ([1.0], TypeError, r"reward \[1.0\]: expected a number, got list"),
+        (float("nan"), ValueError, "reward nan: expected a finite number"),
+        (np.float32("inf"), ValueError, "reward .*inf.*: expected a finite number"),
+    ],
+    ids=str,
+)
+def test_bad_input_rewards(policy, reward, kind, message):
+    agent = plain_agent(policy)
+    agent.act(1)
+    agent.assign_reward(0.5)
+    with pytest.raises(kind, match=message):
+        agent.assign_reward(reward)
+    assert agent.current_episode_rewards == [0.5]
+    agent.assign_reward(np.float64(0.25))
+    agent.terminate_episode()
+    assert agent.buffer[0].total_reward == 0.75
+
+
+def test_bad_input_an_observation_longer_than_the_context(policy):
+    """It is named, costs nothing that was there before, and the episode can be ended or go on"""
+    agent = plain_agent(policy, context__max_length=120)
+    agent.act(1)
+    agent.assign_reward(1.0)
+    with pytest.raises(ContextOverflow, match=r"an observation of \d+ tokens makes a prompt of \d+, but max_length=120 with max_new_tokens=4 leaves room for 116: 'Step xyz xyz"):
+        agent.act("xyz " * 60)
+    assert agent.current_episode_rewards == [1.0] and len(agent.current_episode_messages) == 3
+    agent.act(2)
+    agent.terminate_episode()
+    assert [t.observation for t in agent.buffer[0].turns] == ["Step 1.", "Step 2."]
+    with pytest.raises(ContextOverflow, match="an observation of"):
+        agent.act("xyz " * 60)  # the first of an episode
+    assert agent.terminate_episode() == {}
+    agent.act(3)
+    assert agent.current_episode_messages[1]["content"] == "Step 3."
+
+
+@pytest.mark.parametrize("before", [0, 1])
+def test_bad_input_an_interrupt_while_sampling(policy, before):
+    """The stop button in a notebook: the loop can be started again, with or without ending the episode"""
+    for ends in (True, False):
+        agent = plain_agent(policy)
+        for i in range(before):
+            agent.act(i)
+            agent.assign_reward(float(i))
+        sample = agent.engine.sample
+        agent.engine.sample = lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt)
+        with pytest.raises(KeyboardInterrupt):
+            agent.act(7)
+        agent.engine.sample = sample
+        if ends:
+            agent.terminate_episode()
+        agent.act(8)
+        agent.assign_reward(5.0)
+        agent.terminate_episode()
+        assert len(agent.buffer) == (2 if before and ends else 1)
+        assert [t.observation for t in agent.buffer[-1].turns] == ["Step 0."] * (before and not ends) + ["Step 8."]
+        for episode in agent.buffer:
+            episode.validate()
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, NonFiniteLoss], ids=lambda e: e.__name__)
+def test_bad_input_an_update_that_stops_loses_no_episode(policy, error, tmp_path):
+    agent = plain_agent(copy.deepcopy(policy), ppo__batch_size=3)
+    agent.learner.failure_dir = tmp_path
+    learn = agent.learner.learn
+    agent.learner.learn = lambda episodes: (_ for _ in ()).throw(error("stop"))
+    for i in range(3):
+        agent.act(i)
+        agent.assign_reward(1.0)
+        if i < 2:
+            assert agent.terminate_episode() == {}
+    with pytest.raises(error):
+        agent.terminate_episode()
+    assert [e.turns[0].observation for e in agent.buffer] == ["Step 0.", "Step 1.", "Step 2."]
+    agent.learner.learn = learn
+    agent.act(3)
+    assert agent.terminate_episode()["mean_length"] == 1.0 and len(agent.buffer) == 0  # they are learned from now
+
+
+def test_bad_input_responses_without_an_action(policy):
+    class Strict(Plain):
+        def extract_action(self, response):
+            raise ValueError("not a word of it")
+
+    agent = plain_agent(policy, Strict, rollout__on_invalid="terminate")
+    with pytest.raises(InvalidResponse, match="ValueError: not a word of it"):
+        agent.act(1)
+    agent.terminate_episode()
+    assert len(agent.buffer) == 1 and agent.buffer[0].turns[0].action is None and not agent.buffer[0].turns[0].valid
+    agent = plain_agent(policy, Strict)
+    with pytest.warns(UserWarning, match=r"it takes 0. Pass action_space=env.action_space, or write fallback_action\(observation\)"):
+        assert agent.act(1) == 0
+    agent = Strict(policy, config=config(), action_space=Walk.action_space)
+    assert agent.act(1) == 0
+
+
+def test_bad_input_actions_outside_the_space(policy):
+    class Wild(Plain):
+        def extract_action(self, response):
+            return 7
+
+    agent = Wild(policy, config=config(), action_space=Walk.action_space)
+    assert agent.act(1) == 0
+    agent.terminate_episode()
+    assert agent.buffer[0].turns[0].invalid_reason == "the action 7 is not in Discrete(2)"
+    (episode,) = collect(Wild(policy, config=config()), Walk, episodes=1, num_envs=1)  # whose environments know their actions
+    assert "7 (int)" in episode.turns[0].invalid_reason and [t.action for t in episode.turns] == [0, 0, 0]
+
+
+@pytest.mark.filterwarnings("default:none of .* responses held an action", "ignore:a response held no action")
+def test_bad_input_when_nothing_is_valid_the_parser_is_suspected(policy):
+    class Buggy(Plain):
+        def extract_action(self, response):
+            return undefined_name  # noqa: F821
+
+    with pytest.warns(UserWarning, match=r"(?s)none of \d+ responses held an action. If the last one should have, extract_action is at fault.\nresponse: .*NameError.*undefined_name"):
+        collect(plain_agent(policy, Buggy), Walk, episodes=4, num_envs=4)
+    agent = plain_agent(policy, Buggy)
+    with pytest.warns(UserWarning, match="(?s)none of 64 responses .*undefined_name"):
+        for i in range(64):
+            agent.act(i)
+            agent.terminate_episode(train=False)
+
+
+def test_bad_input_sessions_that_cannot_be_copied(policy):
+    agent = plain_agent(policy)
+    agent.lock = (i for i in ())
+    with pytest.raises(TypeError, match=r"Plain holds something that cannot be copied for a further environment \(.*generator.*\); override spawn\(\)"):
+        agent.spawn()
+
+
+# rollout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kind", "message"),
+    [
+        (dict(agent=3), TypeError, r"agent is a int; expected a llamagym Agent \(Agent.for_task\(task, model\) makes one\)"),
+        (dict(env=walk_task()), TypeError, r"env is a Task; its words are the agent's: make the agent with Agent.for_task\(task, model\) and leave env out"),
+        (dict(env=None), ValueError, "env is needed: only an agent made by Agent.for_task knows its own"),
+        (dict(env=3), TypeError, "env=3: expected an id, a factory or a gymnasium.Env, got int"),
+        (dict(env=Walk(2), num_envs=2), ValueError, "num_envs=2 but env is one instance that Gymnasium cannot make again; pass a factory, or num_envs=1"),
+        (dict(episodes=0), ValueError, "episodes=0: expected a whole number of at least 1"),
+        (dict(episodes=1.5), ValueError, "episodes=1.5: expected a whole number of at least 1"),
+        (dict(num_envs=0), ValueError, "num_envs=0: expected a whole number of at least 1"),
+        (dict(num_envs="4"), ValueError, "num_envs='4': expected a whole number of at least 1"),
+    ],
+    ids=str,
+)
+def test_bad_input_collect_and_evaluate(policy, arguments, kind, message):
+    arguments = dict(agent=plain_agent(policy), env=Walk, episodes=2) | arguments
+    for call in (collect, evaluate):
+        with pytest.raises(kind, match=message):
+            call(**arguments)
+
+
+@pytest.mark.parametrize(("name", "value"), [("seed", "x"), ("seed", -1), ("seed", 1.5), ("first", -1)])
+def test_bad_input_collect_seeds(policy, name, value):
+    with pytest.raises(ValueError, match=f"{name}={value!r}: expected a whole number of at least 0"):
+        collect(agent_of(policy), episodes=1, **{name: value})
+
+
+def test_bad_input_evaluate_seeds(policy):
+    with pytest.raises(ValueError, match=r"seeds=\[\]: expected at least one"):
+        evaluate(agent_of(policy), episodes=1, seeds=[])
+    with pytest.raises(ValueError, match="seed='a': expected a whole number"):
+        evaluate(agent_of(policy), episodes=1, seeds="ab")
+
+
+class Weather(Exception):
+    """What befalls an environment"""
+
+
+def trouble_at(where, number, step=1):
+    def trouble(here, seed, t):
+        if here == where and seed == number and (here == "reset" or t == step):
+            raise Weather(f"a storm at {here} {t} of {seed}")
+
+    return trouble
+
+
+@pytest.mark.parametrize("num_envs", [1, 3])
+@pytest.mark.parametrize("where", ["reset", "step"])
+def test_bad_input_an_environment_that_raises_costs_its_episode_alone(policy, where, num_envs):
+    quiet = collect(agent_of(policy), episodes=6, num_envs=num_envs)
+    turns = 0 if where == "reset" else 2
+    with pytest.warns(UserWarning, match=rf"episode 2 \(seed 2\) failed after {turns} turns: Weather: a storm at {where} . of 2. The other 5 episodes are kept"):
+        played = collect(agent_of(policy, walk_task(trouble=trouble_at(where, 2))), episodes=6, num_envs=num_envs)
+    assert [e.index for e in played] == [0, 1, 3, 4, 5]
+    (failure,) = played.failures
+    assert (failure.index, failure.seed, failure.turns, type(failure.error)) == (2, 2, turns, Weather)
+    for mine in played:  # the others are what they would have been
+        theirs = quiet[mine.index]
+        assert [(t.response_ids, t.reward) for t in mine.turns] == [(t.response_ids, t.reward) for t in theirs.turns]
+        mine.validate()
+
+
+def test_bad_input_a_broken_environment_is_not_used_again(policy):
+    made = []
+
+    def factory():
+        made.append(Walk(3, trouble_at("step", 1)))
+        return made[-1]
+
+    with pytest.warns(UserWarning, match="episode 1 "):
+        played = collect(plain_agent(policy), factory, episodes=4, num_envs=1)
+    assert len(played) == 3 and len(made) == 2 and made[0].number == 1 and made[1].number == 3
+
+
+@pytest.mark.parametrize("method", ["describe", "format_reward", "fallback", "legal_actions"])
+def test_bad_input_words_that_raise_cost_their_episode_alone(policy, method):
+    def raises(*arguments):
+        nonlocal calls
+        calls += 1
+        if calls == 4:
+            raise Weather("lost for words")
+        return {"describe": lambda: f"Step {arguments[0][1]}.", "format_reward": lambda: 0.0, "fallback": lambda: 0, "legal_actions": lambda: [1]}[method]()
+
+    calls = 0
+    task = walk_task(2, **({method: raises} | ({} if method in ("describe", "format_reward") else dict(parse=lambda text: None))))
+    with pytest.warns(UserWarning, match=r"episode \d \(seed \d\) failed after \d turns: Weather: lost for words. The other 4 episodes are kept"):
+        played = collect(agent_of(policy, task), episodes=5, num_envs=2)
+    assert len(played) == 4 and all(len(e) == 2 for e in played)
+
+
+def test_bad_input_an_environment_that_cannot_be_closed(policy):
+    def trouble(where, seed, t):
+        if where == "close" or (where, seed) == ("step", 1):
+            raise Weather(f"a storm at {where}")
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        played = collect(agent_of(policy, walk_task(trouble=trouble)), episodes=4, num_envs=2)
+    assert [e.index for e in played] == [0, 2, 3] and any("episode 1 (seed 1) failed" in str(w.message) for w in caught)
+
+
+def test_bad_input_all_episodes_fail(policy):
+    def trouble(where, seed, t):
+        if where == "step" and t == 1:
+            raise Weather(f"a storm over {seed}")
+
+    with pytest.raises(RolloutError, match=r"(?s)all 3 episodes failed; the first:\nepisode 0 \(seed 5\) failed after 2 turns: Weather: a storm over 5\nTraceback.*raise Weather") as caught:
+        collect(agent_of(policy, walk_task(trouble=trouble)), episodes=3, num_envs=2, seed=5)
+    assert [f.index for f in caught.value.failures] == [0, 1, 2]
+
+
+def test_bad_input_environments_that_cannot_be_made(policy):
+    with pytest.raises(RolloutError, match="(?s)all 2 episodes failed.*Blackjck.*Did you mean: `Blackjack`"):
+        collect(plain_agent(policy), "Blackjck-v1", episodes=2)
+    with pytest.raises(RolloutError, match="(?s)all 2 episodes failed.*made a str: expected a gymnasium.Env"):
+        collect(plain_agent(policy), lambda: "an environment", episodes=2)
+
+
+@pytest.mark.parametrize("when", [0, 1])
+def test_bad_input_one_observation_longer_than_the_context(policy, when):
+    task = walk_task(3, describe=lambda obs, info: "xyz " * 80 if tuple(obs) == (1, when) else f"Step {obs[1]}.")
+    agent = agent_of(policy, task, context__max_length=200)
+    with pytest.warns(UserWarning, match=rf"(?s)episode 1 \(seed 1\) failed after {when} turns: ContextOverflow: an observation of \d+ tokens .* 'xyz xyz.*The other 3 episodes are kept"):
+        played = collect(agent, episodes=4, num_envs=2)
+    assert [e.index for e in played] == [0, 2, 3] and all(len(e) == 3 for e in played)
+
+
+def test_bad_input_a_long_episode_is_cut_and_not_lost(policy):
+    """A conversation that outgrows the context goes on in a new row; it is trained and valued like any other"""
+    task = walk_task(9, describe=lambda obs, info: f"Step {obs[1]} " + "xyz " * 12)
+    agent = agent_of(copy.deepcopy(policy), task, context__max_length=200, ppo__epochs=1)
+    played = collect(agent, episodes=2, num_envs=2)
+    assert not played.failures and all(len(e.segments) > 1 and len(e) == 9 for e in played)
+    for episode in played:
+        episode.validate()
+    assert agent.learner.learn(played)["logprob_gap"] < 1e-4
+
+
+def test_bad_input_rewards_that_are_not_numbers(policy, tmp_path):
+    """They stop the update by name; nothing changes, and the episodes are still there"""
+    task = walk_task(2, pays=lambda seed, t: float("nan") if seed == 1 else 1.0)
+    agent = agent_of(copy.deepcopy(policy), task)
+    agent.learner.failure_dir = tmp_path
+    played = collect(agent, episodes=3, num_envs=3)
+    weights = [p.detach().clone() for p in agent.policy.parameters()]
+    with pytest.raises(NonFiniteLoss, match="(?s)before the first step, in Batch.*saved as .*No weight was changed. Look for a reward that is not finite"):
+        agent.learner.learn(played)
+    assert all(torch.equal(a, b) for a, b in zip(agent.policy.parameters(), weights))
+    assert np.isfinite(agent.learner.learn([e for e in played if np.isfinite(e.total_reward)])["policy_loss"])
+
+
+# warm start
+
+
+@pytest.mark.parametrize(
+    ("messages", "rewards", "kind", "message"),
+    [
+        ([], None, ValueError, r"roles \[\]: expected user and assistant in turn, ending with the assistant"),
+        ([dict(role="user", content="a")], None, ValueError, r"roles \['user'\]: expected user and assistant in turn"),
+        ([dict(role="assistant", content="a"), dict(role="user", content="b")], None, ValueError, r"roles \['assistant', 'user'\]: expected"),
+        ([dict(role="user", text="a")], None, ValueError, r"message \{'role': 'user', 'text': 'a'\}: expected a mapping with role and content"),
+        (["hello"], None, ValueError, "message 'hello': expected a mapping with role and content"),
+        ([dict(role="user", content="a"), dict(role="assistant", content="b")], [1, 2], ValueError, "2 rewards for 1 replies: expected one each, or one number"),
+    ],
+)
+def test_bad_input_messages(messages, rewards, kind, message):
+    with pytest.raises(kind, match=message):
+        from_messages(messages, rewards)
+
+
+@pytest.mark.parametrize(
+    ("trajectories", "kind", "message"),
+    [
+        ([], ValueError, "no trajectories: clone needs at least one episode with a turn; llamagym.task.play makes some"),
+        ([Episode()], ValueError, "no trajectories"),
+        ([3], TypeError, "a trajectory is a int; expected an Episode, a list of messages, or a mapping with messages and rewards"),
+        (["user: hello"], TypeError, "a trajectory is a str; expected an Episode"),
+        ([dict(message=[])], TypeError, "a trajectory is a dict; expected"),
+    ],
+)
+def test_bad_input_clone(policy, trajectories, kind, message):
+    with pytest.raises(kind, match=message):
+        transcripts(trajectories)
+    with pytest.raises(kind, match=message):
+        clone(agent_of(policy), trajectories, progress=False)
+
+
+def test_bad_input_clone_without_an_agent(policy):
+    with pytest.raises(TypeError, match="agent is a Policy; expected a llamagym Agent"):
+        clone(policy, play(walk_task(), RandomAgent(walk_task()), 1), progress=False)
+
+
+def test_bad_input_clone_of_one_bad_transcript_changes_nothing(policy):
+    good = play(walk_task(), RandomAgent(walk_task()), 2)
+    bad = [dict(role="user", content="xyz " * 3000), dict(role="assistant", content="Action: 1")]
+    own = copy.deepcopy(policy)
+    before = [p.detach().clone() for p in own.parameters()]
+    with pytest.raises(ContextOverflow, match="an observation of .* tokens makes a prompt of"):
+        clone(agent_of(own), [*good, bad], progress=False)
+    with pytest.raises(TypeError, match="int"):
+        encode(agent_of(own), from_messages([dict(role="user", content=3), dict(role="assistant", content="Action: 1")]))
+    assert all(torch.equal(a, b) for a, b in zip(own.parameters(), before)) and not own.has_reference
+
+
+def test_bad_input_an_interrupted_clone_leaves_a_policy_that_plays(policy, monkeypatch):
+    own = make_policy("lora", lora=LoRAConfig(r=4, dropout=0.5))
+    agent, calls = agent_of(own), []
+    score = own.score_hidden
+
+    def pressed(*args, **kwargs):
+        calls.append(own.model.training)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return score(*args, **kwargs)
+
+    monkeypatch.setattr(own, "score_hidden", pressed)
+    with pytest.raises(KeyboardInterrupt):
+        clone(agent, play(walk_task(), RandomAgent(walk_task()), 8), WarmstartConfig(batch_size=2), progress=False)
+    monkeypatch.undo()
+    assert calls == [True, True] and not own.model.training and all(p.grad is None for p in [*own.parameters(), *own.value_head.parameters()])
+    assert agent.learner.learn(collect(agent, episodes=2, num_envs=2))["logprob_gap"] < 1e-4
+
+
+# trainer
+
+
+def trainer_of(policy, folder, task=None, callbacks=(), **options) -> Trainer:
+    options = dict(trainer__output_dir=str(folder), trainer__updates=2, trainer__eval_every=0, rollout__episodes=2, ppo__epochs=1) | options
+    return Trainer(agent_of(copy.deepcopy(policy), task, **options), callbacks=callbacks)
+
+
+def test_bad_input_trainer(policy, tmp_path):
+    with pytest.raises(TypeError, match="agent is a Policy; expected a llamagym Agent"):
+        Trainer(policy)
+    with pytest.raises(ValueError, match="unknown callback 'progres'; expected a Callback, or one of .*metrics.*progress"):
+        trainer_of(policy, tmp_path, callbacks=["progres"])
+    for callback in (3, Callback):
+        with pytest.raises(ValueError, match=f"unknown callback {re.escape(repr(callback))}; expected a Callback"):
+            trainer_of(policy, tmp_path, callbacks=[callback])
+    with pytest.raises(TypeError, match="config is a dict; expected a TrainerConfig"):
+        Trainer(agent_of(policy), config={"updates": 3})
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("updates", [-1, 1.5, "3"])
+def test_bad_input_updates(policy, tmp_path, updates):
+    with pytest.raises((TypeError, ValueError), match=f"updates={updates!r}: expected"):
+        trainer_of(policy, tmp_path).fit(updates)
+
+
+def test_bad_input_resume_from_nothing(policy, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint at .*checkpoint: fit\(\) without resume=True starts afresh"):
+        trainer_of(policy, tmp_path).fit(resume=True)
+    with pytest.raises(FileNotFoundError, match=f"no checkpoint at {tmp_path}"):
+        trainer_of(policy, tmp_path).load_checkpoint(tmp_path)
+
+
+def test_bad_input_resume_from_another_kind(policy, tmp_path):
+    trainer_of(policy, tmp_path).fit(1)
+    with pytest.raises(ValueError, match="was saved with adapter='default', this policy has adapter=None; load it with Policy.load"):
+        trainer_of(make_policy("plain"), tmp_path).fit(resume=True)
+    assert (tmp_path / "checkpoint" / "trainer.json").exists()
+
+
+def test_bad_input_a_training_environment_that_raises(policy, tmp_path):
+    """One failed episode is counted in the metrics; when all fail, the run ends and the checkpoint before it stands"""
+    trainer = trainer_of(policy, tmp_path / "one", walk_task(2, trouble_at("step", 1)))
+    with pytest.warns(UserWarning, match="episode 1 .seed 1. failed after 2 turns: Weather"):
+        run = trainer.fit()
+    assert [line["failed_episodes"] for line in run.history] == [1, 0] and [line["episodes"] for line in run.history] == [2, 4]
+
+    def trouble(where, seed, t):
+        if where == "reset" and seed in (2, 3):
+            raise Weather("all is lost")
+
+    trainer = trainer_of(policy, tmp_path / "all", walk_task(2, trouble), trainer__checkpoint_every=1)
+    with pytest.raises(RolloutError, match="(?s)all 2 episodes failed; the first:\nepisode 2 .*all is lost"):
+        trainer.fit()
+    again = trainer_of(policy, tmp_path / "all", trainer__checkpoint_every=1)
+    assert len(again.fit(resume=True).history) == 2  # in an environment that is mended
+
+
+def test_bad_input_a_callback_that_raises(policy, tmp_path):
+    class Breaks(Callback):
+        def on_update_end(self, trainer, metrics):
+            raise Weather("in the plot")
+
+    with pytest.raises(Weather, match="in the plot"):
+        trainer_of(policy, tmp_path, callbacks=[Breaks()]).fit()
+
+
+def test_bad_input_an_unknown_environment_names_the_nearest(policy, tmp_path):
+    agent = Plain(copy.deepcopy(policy), config=config(trainer__output_dir=str(tmp_path)))
+    with pytest.raises(RolloutError, match="(?s)FrozenLke.*Did you mean: `FrozenLake`"):
+        Trainer(agent, "FrozenLke-v1").fit(1)
+
+
+def test_bad_input_tokenizers_without_a_template_are_told_so(policy):
+    with pytest.warns(UserWarning, match="has no chat template: llamagym.chat.PLAIN_TEMPLATE is used"):
+        tokenizer = copy.deepcopy(tokenizer_of("none"))
+        Plain(tiny_model(tokenizer=tokenizer), tokenizer)
+
+
+def test_bad_input_what_does_not_stop_is_cut(policy):
+    """A response is never longer than configured, and its end is not made up"""
+    (episode,) = collect(lake_agent(policy, task=lake(2), generate__max_new_tokens=1), episodes=1, num_envs=1)
+    assert all(len(t.response_ids) == 1 for t in episode.turns)
