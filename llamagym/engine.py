@@ -37,7 +37,7 @@ class Sample:
     stopped: bool          # the model ended it; else it was cut at `max_new_tokens`
     top: list[list[tuple[int, float]]] | None = None # per token: the likeliest alternatives, (id, nats)
 
-# %% ../nbs/06_engine.ipynb #03f67137
+# %% ../nbs/06_engine.ipynb #b7811918
 class Engine:
     "Batched sampling from a policy"
     def __init__(self,
@@ -59,6 +59,7 @@ class Engine:
         "Sample one response to each prompt"
         if len(prompts) != len(streams): raise ValueError(f"{len(prompts)} prompts but {len(streams)} random streams; each prompt needs its own")
         if not prompts: return []
+        self._check(prompts, streams, greedy)
         if empty := [i for i, p in enumerate(prompts) if not len(p)]: raise ValueError(f"prompts {empty} are empty; a prompt needs at least one id")
         device, n = self.policy.device, len(prompts)
         ids, mask = left_pad(prompts, self.policy.pad_id, device)
@@ -81,6 +82,16 @@ class Engine:
             out = model(input_ids=tokens[:, None], attention_mask=mask, position_ids=position, past_key_values=cache, use_cache=True)
             position = position + 1
         return _samples(steps, finished.tolist())
+
+    def _check(self, prompts, streams, greedy: bool) -> None:
+        "Whether prompts are ids of this vocabulary, and streams are generators"
+        vocabulary = self.policy.causal_lm.get_input_embeddings().num_embeddings
+        for i, (prompt, stream) in enumerate(zip(prompts, streams)):
+            if isinstance(prompt, str): raise TypeError(f"prompt {i} is a str; expected token ids, as Conversation.add_user returns them")
+            if len(prompt) and not 0 <= min(prompt) <= max(prompt) < vocabulary:
+                raise ValueError(f"prompt {i} holds id {max(prompt) if max(prompt) >= vocabulary else min(prompt)}; expected 0 to {vocabulary - 1}")
+            if not greedy and not isinstance(stream, np.random.Generator):
+                raise TypeError(f"stream {i} is a {type(stream).__name__}; expected a numpy Generator, such as np.random.default_rng(seed)")
 
     def _distribution(self, logits: Tensor) -> Tensor:
         "[N, V] nats: what is sampled from"

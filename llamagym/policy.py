@@ -341,7 +341,7 @@ def add_lora(
         torch.manual_seed(seed)
         return get_peft_model(model, lora)
 
-# %% ../nbs/05_policy.ipynb #efbef2b4
+# %% ../nbs/05_policy.ipynb #1df91309
 def load_policy(
     name: str | os.PathLike,                  # a saved policy, a hub name, a folder, `"tiny"`
     quantize: str | None = None,              # `None` or `"nf4"`
@@ -353,6 +353,7 @@ def load_policy(
     seed: int = 0,                            # of the adapter, and of the tiny model's weights
 ) -> Policy:
     "Load a policy to train or to play with"
+    if not isinstance(name, (str, os.PathLike)): raise TypeError(f"name is a {type(name).__name__}; expected a hub name, a folder or 'tiny'")
     recover_folder(name)
     if (Path(name)/"policy.json").exists():
         if lora is not None or quantize is not None: raise ValueError(f"{name} is a saved policy, which brings its own adapter and quantisation; leave lora and quantize out")

@@ -162,7 +162,7 @@ STATS = dict(
     tokens_per_second="tokens of rows, prompts included, trained on per second of the update, all epochs counted",
 )
 
-# %% ../nbs/07_ppo.ipynb #32d21dc5
+# %% ../nbs/07_ppo.ipynb #1b523380
 class PPO:
     "The learner: turns episodes into gradient steps of a policy and its critic"
     def __init__(self,
@@ -197,8 +197,9 @@ class PPO:
         episodes: Sequence[Episode], # collected with the policy as it is
     ) -> dict[str, float]: # see `STATS`
         "One update: values, advantages, batch, gradient steps"
-        if not isinstance(episodes, Sequence) or not all(isinstance(e, Episode) for e in episodes):
-            raise TypeError(f"episodes is a {type(episodes).__name__}; expected a sequence of Episode, such as collect returns")
+        if not isinstance(episodes, Sequence): raise TypeError(f"episodes is a {type(episodes).__name__}; expected a sequence of Episode, such as collect returns")
+        for i, e in enumerate(episodes):
+            if not isinstance(e, Episode): raise TypeError(f"item {i} of episodes is a {type(e).__name__}; expected an Episode")
         if not len(episodes): raise ValueError("no episodes to learn from")
         reference = annotate(self.policy, episodes, self.temperature, self.config.token_budget)
         assign(episodes, self.credit.gamma, self.credit.gae_lambda)

@@ -46,7 +46,7 @@ class Rollout(EpisodeBuffer):
     occupancy: float    # share of the slots' turns in which a slot had an episode to play
     seconds: float      # wall time
 
-# %% ../nbs/10_rollout.ipynb #0c01e36c
+# %% ../nbs/10_rollout.ipynb #53a6a0d5
 class _Slot:
     "A place for one episode after another: an environment and a session of the agent"
     def __init__(self, agent: Agent, env: Any):
@@ -66,6 +66,7 @@ class _Slot:
         "Give a response to the environment; the episode, if that ended it"
         text = self.dialogue.answer(sample)
         out = self.env.step(text)
+        if not math.isfinite(out.reward): raise ValueError(f"reward {out.reward!r}: expected a finite number")
         turn = self.dialogue.turns[-1]
         turn.action, turn.reward, turn.valid, turn.invalid_reason = out.action, out.reward, out.valid, out.invalid_reason
         self.error = out.error
@@ -76,12 +77,15 @@ class _Slot:
 
     def fail(self, error: Exception) -> Failure:
         "Give up on the episode and its environment, which may be in any state"
-        env, self.env = self.env, None
-        if env is not None and env.env is not self.task.env: env.close()
+        self.close()
+        self.env = None
         return Failure(self.index, self.seed, len(self.dialogue.turns) if self.dialogue else 0, error)
 
     def close(self) -> None:
-        if self.env is not None and self.env.env is not self.task.env: self.env.close()
+        "Close the environment, unless it is the user's own instance"
+        if self.env is None or self.env.env is self.task.env: return
+        try: self.env.close()
+        except Exception as error: warnings.warn(f"{self.task.name} could not be closed: {type(error).__name__}: {error}", stacklevel=2)
 
 # %% ../nbs/10_rollout.ipynb #fb5f6fdf
 def collect(

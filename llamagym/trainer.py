@@ -124,7 +124,7 @@ class Run:
         last = f", last return {self.history[-1]['mean_return']:.3f}" if self.history else ""
         return f"Run({str(self.output_dir)!r}, {state} after {len(self.history)} updates{last})" + (f"\n{self.evaluation!r}" if self.evaluation else "")
 
-# %% ../nbs/12_trainer.ipynb #c108c660
+# %% ../nbs/12_trainer.ipynb #e07341d2
 class Trainer:
     "Trains an agent in an environment"
     def __init__(self,
@@ -134,6 +134,8 @@ class Trainer:
         callbacks: Sequence[str | Callback] = (), # further ones, by name or as objects; `progress` and `metrics` are always there
     ):
         if not isinstance(agent, Agent): raise TypeError(f"agent is a {type(agent).__name__}; expected a llamagym Agent")
+        if config is not None and not isinstance(config, TrainerConfig):
+            raise TypeError(f"config is a {type(config).__name__}; expected a TrainerConfig (TrainerConfig.from_dict makes one)")
         self.agent, self.env, self.config = agent, env, config or agent.config.trainer
         self.output_dir, self.updates = Path(self.config.output_dir), self.config.updates
         self.callbacks = [Progress(), Metrics(), *map(as_callback, callbacks)]
@@ -172,6 +174,8 @@ class Trainer:
         resume: bool = False,       # go on from the newest checkpoint in `output_dir`
     ) -> Run:
         "Train. An interrupt (Ctrl-C, or the notebook's stop button) saves and returns; `resume=True` goes on from there"
+        if updates is not None and (not isinstance(updates, int) or updates < 1):
+            raise ValueError(f"updates={updates!r}: expected a whole number of at least 1")
         self.updates, interrupted = updates or self.updates, False
         if resume: self.load_checkpoint()
         self._tell("on_fit_start")

@@ -24,7 +24,7 @@ from llamagym.tiny import tiny_config, tiny_model, tiny_tokenizer
 from llamagym.trainer import Callback, Trainer
 from llamagym.warmstart import clone, encode, from_messages, transcripts
 
-pytestmark = pytest.mark.filterwarnings("ignore:none of .* responses held an action", "ignore:.*is_gradient_checkpointing")
+pytestmark = pytest.mark.filterwarnings("ignore:none of .* responses held an action", "ignore:.*is_gradient_checkpointing", "ignore:Could not find a config file")
 
 
 @pytest.fixture(scope="module")
@@ -226,11 +226,11 @@ def test_bad_input_annotate_names_the_episode(policy):
         (lambda: (tiny_model(), "tokenizer"), TypeError, "tokenizer is a str; expected a transformers tokenizer"),
         (lambda: (tiny_model(), tiny_tokenizer(), "cpu", 3), TypeError, "generate_config_dict is a int: expected a dictionary of names to values"),
         (lambda: (tiny_model(), tiny_tokenizer(), "cpu", {}, [1]), TypeError, "ppo_config_dict is a list: expected a dictionary"),
-        (lambda: (tiny_model(), tiny_tokenizer(), "cpu", {"generate/max_nw_tokens": 3}), ValueError, "'generate.max_nw_tokens'; did you mean 'generate.max_new_tokens'"),
+        (lambda: (tiny_model(), tiny_tokenizer(), "cpu", {"generate/max_nw_tokens": 3}), ValueError, "'generate.max_nw_tokens'; did you mean .*max_new_tokens"),
         (lambda: (tiny_model(), tiny_tokenizer(), "cpu", {}, {"batchsize": 3}), ValueError, "unknown name 'ppo.batchsize'; did you mean 'ppo.batch_size'"),
         (lambda: (tiny_model(), tiny_tokenizer(), "cpu", {"max_new_tokens": 0}), ValueError, "generate.max_new_tokens=0: expected >= 1"),
         (lambda: (tiny_model(), tiny_tokenizer(), "cpu", {"temperature": 0}), ValueError, "generate.temperature=0: expected > 0"),
-        (lambda: (tiny_model(), tiny_tokenizer(), "cpu", None, None, {"ppo.epochs": 1}), TypeError, r"config is a dict; expected a Config \(Config.from_dict makes one\)"),
+        (lambda: (tiny_model(), tiny_tokenizer(), "cpu", None, None, {"ppo.epochs": 1}), TypeError, r"config is a dict; expected a Config \(Config.from_dict"),
         (lambda: (tiny_model(), tiny_tokenizer(), "cpu", {"top_k": 1}, None, Config()), ValueError, "pass either config or the dictionaries of 2024, not both"),
         (lambda: (tiny_model(), tiny_tokenizer(), "nowhere"), RuntimeError, "nowhere"),
     ],
@@ -242,7 +242,7 @@ def test_bad_input_agent(arguments, kind, message):
 
 
 def test_bad_input_agent_with_a_bare_quantised_model():
-    with pytest.raises(TypeError, match=r"a quantised model cannot be trained itself: put an adapter on it with peft.get_peft_model\(model, LoraConfig\(...\)\)"):
+    with pytest.raises(TypeError, match="a quantised model cannot be trained itself: put an adapter on it with peft.get_peft_model"):
         Plain(users_model("nf4").unload(), tiny_tokenizer())
 
 
@@ -326,7 +326,8 @@ def test_bad_input_an_observation_longer_than_the_context(policy):
     agent = plain_agent(policy, context__max_length=120)
     agent.act(1)
     agent.assign_reward(1.0)
-    with pytest.raises(ContextOverflow, match=r"an observation of \d+ tokens makes a prompt of \d+, but max_length=120 with max_new_tokens=4 leaves room for 116: 'Step xyz xyz"):
+    message = r"an observation of \d+ tokens makes a prompt of \d+, but max_length=120 with max_new_tokens=4 leaves room for 116: 'Step xyz xyz"
+    with pytest.raises(ContextOverflow, match=message):
         agent.act("xyz " * 60)
     assert agent.current_episode_rewards == [1.0] and len(agent.current_episode_messages) == 3
     agent.act(2)
@@ -418,7 +419,8 @@ def test_bad_input_when_nothing_is_valid_the_parser_is_suspected(policy):
         def extract_action(self, response):
             return undefined_name  # noqa: F821
 
-    with pytest.warns(UserWarning, match=r"(?s)none of \d+ responses held an action. If the last one should have, extract_action is at fault.\nresponse: .*NameError.*undefined_name"):
+    message = r"(?s)none of \d+ responses held an action. If the last one should have, extract_action is at fault.\nresponse: .*NameError.*undefined_name"
+    with pytest.warns(UserWarning, match=message):
         collect(plain_agent(policy, Buggy), Walk, episodes=4, num_envs=4)
     agent = plain_agent(policy, Buggy)
     with pytest.warns(UserWarning, match="(?s)none of 64 responses .*undefined_name"):
@@ -489,7 +491,8 @@ def trouble_at(where, number, step=1):
 def test_bad_input_an_environment_that_raises_costs_its_episode_alone(policy, where, num_envs):
     quiet = collect(agent_of(policy), episodes=6, num_envs=num_envs)
     turns = 0 if where == "reset" else 2
-    with pytest.warns(UserWarning, match=rf"episode 2 \(seed 2\) failed after {turns} turns: Weather: a storm at {where} . of 2. The other 5 episodes are kept"):
+    message = rf"episode 2 \(seed 2\) failed after {turns} turns: Weather: a storm at {where} . of 2. The other 5 episodes are kept"
+    with pytest.warns(UserWarning, match=message):
         played = collect(agent_of(policy, walk_task(trouble=trouble_at(where, 2))), episodes=6, num_envs=num_envs)
     assert [e.index for e in played] == [0, 1, 3, 4, 5]
     (failure,) = played.failures
@@ -544,7 +547,8 @@ def test_bad_input_all_episodes_fail(policy):
         if where == "step" and t == 1:
             raise Weather(f"a storm over {seed}")
 
-    with pytest.raises(RolloutError, match=r"(?s)all 3 episodes failed; the first:\nepisode 0 \(seed 5\) failed after 2 turns: Weather: a storm over 5\nTraceback.*raise Weather") as caught:
+    message = r"(?s)all 3 episodes failed; the first:\nepisode 0 \(seed 5\) failed after 2 turns: Weather: a storm over 5\nTraceback.*raise Weather"
+    with pytest.raises(RolloutError, match=message) as caught:
         collect(agent_of(policy, walk_task(trouble=trouble)), episodes=3, num_envs=2, seed=5)
     assert [f.index for f in caught.value.failures] == [0, 1, 2]
 
@@ -560,7 +564,8 @@ def test_bad_input_environments_that_cannot_be_made(policy):
 def test_bad_input_one_observation_longer_than_the_context(policy, when):
     task = walk_task(3, describe=lambda obs, info: "xyz " * 80 if tuple(obs) == (1, when) else f"Step {obs[1]}.")
     agent = agent_of(policy, task, context__max_length=200)
-    with pytest.warns(UserWarning, match=rf"(?s)episode 1 \(seed 1\) failed after {when} turns: ContextOverflow: an observation of \d+ tokens .* 'xyz xyz.*The other 3 episodes are kept"):
+    message = rf"(?s)episode 1 \(seed 1\) failed after {when} turns: ContextOverflow: an observation of \d+ tokens .* 'xyz xyz.*The other 3 episodes are kept"
+    with pytest.warns(UserWarning, match=message):
         played = collect(agent, episodes=4, num_envs=2)
     assert [e.index for e in played] == [0, 2, 3] and all(len(e) == 3 for e in played)
 
@@ -600,7 +605,7 @@ def test_bad_input_rewards_that_are_not_numbers(policy, tmp_path):
         ([dict(role="assistant", content="a"), dict(role="user", content="b")], None, ValueError, r"roles \['assistant', 'user'\]: expected"),
         ([dict(role="user", text="a")], None, ValueError, r"message \{'role': 'user', 'text': 'a'\}: expected a mapping with role and content"),
         (["hello"], None, ValueError, "message 'hello': expected a mapping with role and content"),
-        ([dict(role="user", content="a"), dict(role="assistant", content="b")], [1, 2], ValueError, "2 rewards for 1 replies: expected one each, or one number"),
+        ([dict(role="user", content="a"), dict(role="assistant", content="b")], [1, 2], ValueError, "2 rewards for 1 replies: expected one each, or"),
     ],
 )
 def test_bad_input_messages(messages, rewards, kind, message):

@@ -21,7 +21,8 @@ from llamagym.task import RandomAgent, play
 from llamagym.tiny import FAMILIES, tiny_model, tiny_tokenizer
 from llamagym.warmstart import clone
 
-pytestmark = pytest.mark.filterwarnings("ignore:none of .* responses held an action", "ignore:.*is_gradient_checkpointing", "ignore:Model has `tie_word_embeddings")
+pytestmark = pytest.mark.filterwarnings("ignore:none of .* responses held an action", "ignore:.*is_gradient_checkpointing", "ignore:.*save_embedding_layers",
+                                        "ignore:Could not find a config file")  # fmt: skip
 # what a whole model does of its own after the head, that a scorer of single hidden states could forget
 TAIL = {"gemma2": "final_logit_softcapping", "cohere": "logit_scale", "granite": "logits_scaling"}
 
@@ -158,7 +159,8 @@ def test_oracle_number_of_slots_changes_nothing(kind, taught):
 def test_oracle_draw_inverts_the_distribution():
     dist = torch.tensor([0.0, 0.2, 0.0, 0.5, 0.3, 0.0], dtype=torch.float64).log().expand(7, 6)
     uniform = torch.tensor([0.0, 0.1999, 0.2, 0.6999, 0.7001, 0.9999, 1 - 2**-53], dtype=torch.float64)
-    assert draw(dist, uniform).tolist() == [1, 1, 3, 3, 4, 4, 4]  # never an id without mass, at either end
+    for mass in (1.0, 1 - 1e-7, 1 + 1e-7):  # float32 softmaxes add up to about 1
+        assert draw(dist + np.log(mass), uniform).tolist() == [1, 1, 3, 3, 4, 4, 4]  # never an id without mass, at either end
 
 
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
@@ -322,7 +324,8 @@ def test_oracle_clone_leaves_no_trace_of_its_trainer(kind):
     """Nothing of the trainer's own stays on the model, whose copies and references would carry it along"""
     policy, task = make_policy(kind), lake(2)
     policy.set_reference()
-    module_state = lambda: {name: ("forward" in m.__dict__, m.training, len(m._forward_hooks), len(m._forward_pre_hooks)) for name, m in policy.model.named_modules()}
+    about = lambda m: ("forward" in m.__dict__, m.training, len(m._forward_hooks), len(m._forward_pre_hooks))
+    module_state = lambda: {name: about(m) for name, m in policy.model.named_modules()}
     before, settings = module_state(), policy.causal_lm.config.to_dict()
     trained = [n for n, p in policy.model.named_parameters() if p.requires_grad]
     kinds = {n: (p.dtype, p.device) for n, p in policy.model.named_parameters()}

@@ -17,7 +17,7 @@ from llamagym.rollout import collect, evaluate
 from llamagym.task import get_task, retry
 from llamagym.tiny import tiny_model
 
-pytestmark = pytest.mark.filterwarnings("ignore:none of .* responses held an action", "ignore:.*is_gradient_checkpointing")
+pytestmark = pytest.mark.filterwarnings("ignore:none of .* responses held an action", "ignore:.*is_gradient_checkpointing", "ignore:Could not find a config file")
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ from llamagym.ppo import NonFiniteLoss
 from llamagym.rollout import evaluate
 from llamagym.trainer import CALLBACKS, Anneal, Callback, Trainer, register_callback
 
-pytestmark = pytest.mark.filterwarnings("ignore:none of .* responses held an action", "ignore:.*is_gradient_checkpointing")
+pytestmark = pytest.mark.filterwarnings("ignore:none of .* responses held an action", "ignore:.*is_gradient_checkpointing", "ignore:Could not find a config file")
 OPTIONS = dict(rollout__episodes=4, rollout__num_envs=3, ppo__epochs=2, ppo__mini_batch_size=4, ppo__learning_rate=1e-3, generate__max_new_tokens=3,
                trainer__updates=4, trainer__eval_every=2, trainer__eval_episodes=2, trainer__checkpoint_every=0)  # fmt: skip
 
