@@ -5,6 +5,7 @@ The most used names are here; they are imported when first asked for, so that `i
 
 __version__ = "0.2.0"
 
+import logging
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +33,10 @@ _MODULE_OF = {
     "collect": "rollout",
     "evaluate": "rollout",
 }
+
+
+# peft imports bitsandbytes, which regrets on every CPU that an optional bfloat16 kernel is missing; a policy uses float32 there.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 def __getattr__(name: str) -> Any:

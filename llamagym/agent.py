@@ -30,7 +30,7 @@ from .policy import Policy
 from .ppo import PPO
 from .task import Retry, Task, enumerate_actions, retry
 
-# %% ../nbs/09_agent.ipynb #75f98f34
+# %% ../nbs/09_agent.ipynb #ea2d2df3
 def response_text(
     tokenizer: PreTrainedTokenizerBase, # to read it with
     sample: Sample,                     # a response
@@ -75,12 +75,11 @@ class Dialogue:
     ) -> Episode:
         "The finished episode"
         final_ids = self.conversation.add_user(final_observation) if final_observation is not None else None
-        segments = [s for s in self.conversation.segments]
-        return Episode(self.turns, segments, self.conversation.system_prompt, final_observation=final_observation,
+        return Episode(self.turns, list(self.conversation.segments), self.conversation.system_prompt, final_observation=final_observation,
                        final_ids=None if final_ids is None else list(final_ids), **self.about)
 
-# %% ../nbs/09_agent.ipynb #1f9c7e18
-class InvalidResponse(ValueError):
+# %% ../nbs/09_agent.ipynb #5fd36030
+class InvalidResponse(ValueError): # raised by `act`
     "A response without an action, under `on_invalid=\"terminate\"`: end the episode, then go on"
 
 def as_context(
@@ -111,9 +110,9 @@ class _Shared:
 
     def __deepcopy__(self, memo) -> "_Shared": return self
 
-# %% ../nbs/09_agent.ipynb #37585ffe
+# %% ../nbs/09_agent.ipynb #6b0dcecf
 class Agent(ABC):
-    "A language model that acts, is rewarded, and learns"
+    "A language model that acts, is rewarded, and learns. Of its names, `policy`, `config`, `tokenizer`, `engine`, `learner` and `buffer` are taken"
     def __init__(self,
         model: Policy | PreTrainedModel | PeftModel,       # what acts: trained through its adapter if it has one, else whole
         tokenizer: PreTrainedTokenizerBase | None = None,  # the model's own; a `Policy` brings it
@@ -174,10 +173,12 @@ class Agent(ABC):
     engine = property(lambda self: self._shared.engine, doc="What samples")
     learner = property(lambda self: self._shared.learner, doc="What learns")
     buffer = property(lambda self: self._shared.buffer, doc="Finished episodes that wait for the next update")
-    history = property(lambda self: self.config.context.history, doc="Whether the past stays as it was sampled")
-    context = property(lambda self: as_context(self.config.context.context), doc="What the model sees of the conversation")
-    on_invalid = property(lambda self: parse_on_invalid(self.config.rollout.on_invalid), doc="What follows a response without an action")
-    invalid_reward = property(lambda self: self.config.rollout.invalid_reward, doc="Added to the reward of a turn whose response holds no action")
+    def _rules(self, history="append", context="full", on_invalid="fallback", invalid_reward=0.0) -> dict[str, Any]:
+        "How conversations and invalid responses are treated: as the configuration says, else as given here"
+        c, r = self.config.context, self.config.rollout
+        return dict(history=c.history or history, context=context if c.context is None else as_context(c.context),
+                    on_invalid=on_invalid if r.on_invalid is None else parse_on_invalid(r.on_invalid),
+                    invalid_reward=invalid_reward if r.invalid_reward is None else r.invalid_reward)
 
     def conversation(self,
         system_prompt: str | None = None, # instead of this agent's own
@@ -185,7 +186,8 @@ class Agent(ABC):
         "A new conversation, with this agent's template, context and limits"
         if system_prompt is None: system_prompt = self.get_system_prompt()
         limit = self.config.context.max_length or context_limit(self.policy)
-        return Conversation(self._shared.format, system_prompt, history=self.history, context=self.context, max_length=limit,
+        rules = self._rules()
+        return Conversation(self._shared.format, system_prompt, history=rules["history"], context=rules["context"], max_length=limit,
                             max_new_tokens=self.engine.config.max_new_tokens)
 
     def task(self,
@@ -193,9 +195,9 @@ class Agent(ABC):
     ) -> Task:
         "This session's three methods as a `Task` in `env`"
         own_fallback = type(self).fallback_action is not Agent.fallback_action
-        return Task(env, lambda obs, info: self.format_observation(obs), self.extract_action, action_text=str, on_invalid=self.on_invalid,
-                    fallback=(lambda obs, info: self.fallback_action(obs)) if own_fallback else None,
-                    invalid_reward=self.invalid_reward, format_reward=self.format_reward)
+        return Task(env, lambda obs, info: self.format_observation(obs), self.extract_action, action_text=str,
+                    fallback=(lambda obs, info: self.fallback_action(obs)) if own_fallback else None, format_reward=self.format_reward,
+                    **self._rules())
 
     def start_dialogue(self,
         stream: np.random.Generator, # the episode's own random numbers
@@ -219,7 +221,9 @@ class Agent(ABC):
     ) -> Any: # an action to give to `env.step()`, never `None`
         "Choose an action. Raises `InvalidResponse` only under `on_invalid=\"terminate\"`"
         if self._dialogue is None: self._begin()
-        attempts = self.on_invalid.attempts if isinstance(self.on_invalid, Retry) else 0
+        rules = self._rules()
+        on_invalid = rules["on_invalid"]
+        attempts = on_invalid.attempts if isinstance(on_invalid, Retry) else 0
         text = self._describe(observation)
         for attempt in range(attempts + 1):
             sample, = self.engine.sample([self._dialogue.ask(text)], [self._dialogue.stream])
@@ -229,17 +233,17 @@ class Agent(ABC):
             turn.reward += float(self.format_reward(response))
             if reason is None: break
             turn.valid, turn.invalid_reason = False, reason
-            turn.reward += self.invalid_reward
+            turn.reward += rules["invalid_reward"]
         self._owed = True
         if reason is not None:
-            if self.on_invalid == "terminate": raise InvalidResponse(reason)
+            if on_invalid == "terminate": raise InvalidResponse(reason)
             action = self.fallback_action(observation)
         turn.action = action
         return action
 
     def _begin(self) -> None:
         index, self._shared.episodes = self._shared.episodes, self._shared.episodes + 1
-        self.start_dialogue(np.random.default_rng([self.config.trainer.seed, index]), index=index)
+        self.start_dialogue(np.random.default_rng([self.config.trainer.seed, index, 1]), index=index)   # 1: not the streams of `collect`
 
     def _describe(self, observation: Any) -> str:
         text = self.format_observation(observation)
@@ -283,9 +287,9 @@ class Agent(ABC):
             self._dialogue = None
             return {}
         dialogue, last = self._dialogue, self._dialogue.turns[-1]
+        self._dialogue, self._owed = None, False      # over, even if its last observation turns out too long to read
         episode = dialogue.close(self._describe(next_observation) if truncated else None)
         last.terminated, last.truncated = not truncated, truncated
-        self._dialogue, self._owed = None, False
         if not train: return {}
         self.buffer.append(episode)
         if sum(map(len, self.buffer)) < self.config.ppo.batch_size: return {}
@@ -316,7 +320,7 @@ class Agent(ABC):
         "An agent that speaks a task's words"
         return TaskAgent(task, model, tokenizer, config)
 
-# %% ../nbs/09_agent.ipynb #5753cb54
+# %% ../nbs/09_agent.ipynb #b342e1f8
 class TaskAgent(Agent):
     "The agent of a `Task`: the three methods are the task's"
     def __init__(self,
@@ -329,10 +333,9 @@ class TaskAgent(Agent):
         self.words, self.info = task, {}
         super().__init__(model, tokenizer, config=config or Config())
 
-    on_invalid = property(lambda self: self.words.on_invalid, doc="What follows a response without an action")
-    invalid_reward = property(lambda self: self.words.invalid_reward, doc="Added to the reward of a turn whose response holds no action")
-    history = property(lambda self: self.words.history, doc="Whether the past stays as it was sampled")
-    context = property(lambda self: self.words.context, doc="What the model sees of the conversation")
+    def _rules(self):
+        w = self.words
+        return super()._rules(w.history, w.context, w.on_invalid, w.invalid_reward)
     def get_system_prompt(self) -> str: return self.words.system_prompt
     def format_reward(self, response): return self.words.format_reward(response) if self.words.format_reward else 0.0
     def format_observation(self, observation): return self.words.describe(observation, self.info)
@@ -357,8 +360,8 @@ class TaskAgent(Agent):
         return self.words.fallback_action(observation, self.info, self.action_space)
 
     def task(self, env: Any = None) -> Task:
-        "The task, in another environment if one is given"
-        return self.words if env is None else dataclasses.replace(self.words, env=env)
+        "The task as this agent is configured to play it, in another environment if one is given"
+        return dataclasses.replace(self.words, env=self.words.env if env is None else env, **self._rules())
 
 # %% ../nbs/09_agent.ipynb #f410c986
 def as_policy(

@@ -317,26 +317,25 @@ class ModelConfig(Section):
     value_hidden: int = option(0, "width of the value head's hidden layer, 0 for a linear head", at_least=0)
     seed: int = option(0, "of new weights: tiny models, adapters, value head", at_least=0)
 
-# %% ../nbs/04_config.ipynb #69b197ca
+# %% ../nbs/04_config.ipynb #7198120a
 @dataclass
 class ContextConfig(Section):
     "What the model sees of the conversation."
     path: ClassVar[str] = "context"
-    history: Literal["append", "template"] = option(
-        "append", "append keeps what was sampled as it was; template re-renders the past the way the chat template does")
-    context: Literal["full"]|int = option("full", "the whole conversation, or the newest so many turns", at_least=1)
+    history: Literal["append", "template"]|None = option(None, "append keeps what was sampled as it was, template re-renders the past as the chat template does; None takes the task's, append without one")
+    context: Literal["full"]|int|None = option(None, "the whole conversation, or the newest so many turns; None takes the task's, full without one", at_least=1)
     max_length: int|None = option(None, "longest prompt plus response, in tokens; None is the model's own limit", at_least=2)
 
-# %% ../nbs/04_config.ipynb #71746415
+# %% ../nbs/04_config.ipynb #50d3ede8
 @dataclass
 class RolloutConfig(Section):
     "How episodes are collected."
     path: ClassVar[str] = "rollout"
     num_envs: int = option(16, "environments played side by side", at_least=1)
     episodes: int = option(64, "episodes per update", at_least=1)
-    on_invalid: str = option(
-        "fallback", "what follows a response without an action: fallback (a legal action), terminate, or retry:n", pattern=r"fallback|terminate|retry:[1-9]\d*")
-    invalid_reward: float = option(0.0, "added to the reward of a turn whose response holds no action")
+    on_invalid: str|None = option(
+        None, "what follows a response without an action: fallback (a legal action), terminate, or retry:n; None takes the task's, fallback without one", pattern=r"fallback|terminate|retry:[1-9]\d*")
+    invalid_reward: float|None = option(None, "added to the reward of a turn whose response holds no action; None takes the task's, 0 without one")
 
 # %% ../nbs/04_config.ipynb #ed81e06c
 @dataclass

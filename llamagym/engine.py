@@ -37,7 +37,7 @@ class Sample:
     stopped: bool          # the model ended it; else it was cut at `max_new_tokens`
     top: list[list[tuple[int, float]]] | None = None # per token: the likeliest alternatives, (id, nats)
 
-# %% ../nbs/06_engine.ipynb #b7811918
+# %% ../nbs/06_engine.ipynb #5559ce34
 class Engine:
     "Batched sampling from a policy"
     def __init__(self,
@@ -47,7 +47,7 @@ class Engine:
         truncate: bool = False,    # apply top-p and top-k (evaluation only: a token they give no mass could not be learned from)
     ):
         self.policy, self.config, self.truncate = policy, config, truncate
-        self.stop_ids = torch.tensor(sorted(stop_ids), dtype=torch.long, device=policy.device)
+        self.stop_ids = torch.tensor(sorted(stop_ids), dtype=torch.long)
 
     @torch.no_grad()
     def sample(self,
@@ -62,6 +62,7 @@ class Engine:
         self._check(prompts, streams, greedy)
         if empty := [i for i, p in enumerate(prompts) if not len(p)]: raise ValueError(f"prompts {empty} are empty; a prompt needs at least one id")
         device, n = self.policy.device, len(prompts)
+        stop_ids = self.stop_ids.to(device)
         ids, mask = left_pad(prompts, self.policy.pad_id, device)
         position = mask.sum(-1, keepdim=True)                      # [N, 1] of the next token
         model, cache = self.policy.causal_lm, DynamicCache(config=self.policy.causal_lm.config)
@@ -76,7 +77,7 @@ class Engine:
                                                        dtype=torch.float64, device=device))
             alternatives = log_dist.topk(top) if top else None
             steps.append((tokens, log_dist.gather(-1, tokens[:, None]).squeeze(-1), entropy(log_dist), finished, alternatives))
-            finished = finished | torch.isin(tokens, self.stop_ids)
+            finished = finished | torch.isin(tokens, stop_ids)
             if finished.all() or len(steps) == self.config.max_new_tokens: break
             mask = torch.cat([mask, mask.new_ones(n, 1)], dim=-1)
             out = model(input_ids=tokens[:, None], attention_mask=mask, position_ids=position, past_key_values=cache, use_cache=True)
@@ -96,7 +97,7 @@ class Engine:
     def _distribution(self, logits: Tensor) -> Tensor:
         "[N, V] nats: what is sampled from"
         c = self.config
-        if c.temperature > 0: logits = logits / c.temperature
+        logits = logits / c.temperature
         if self.truncate and c.top_k: logits = TopKLogitsWarper(c.top_k)(None, logits)
         if self.truncate and c.top_p < 1: logits = TopPLogitsWarper(c.top_p)(None, logits)
         return logits.log_softmax(-1)

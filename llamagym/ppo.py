@@ -75,7 +75,7 @@ def adapt_kl_coef(
     error = min(max(kl / target - 1, -0.2), 0.2)
     return kl_coef * (1 + error * min(turns / horizon, 1))
 
-# %% ../nbs/07_ppo.ipynb #3dddfe38
+# %% ../nbs/07_ppo.ipynb #acd3b3de
 def pad_rows(
     rows: Sequence[np.ndarray], # ids of each row
     pad_id: int,                # fills the right side
@@ -92,18 +92,19 @@ def hidden_at(
     row: Tensor,                # [P] which row to read
     position: Tensor,           # [P] and where
     token_budget: int,          # padded tokens per forward pass
-) -> Tensor: # [P, H] float32
+) -> Tensor: # [P, H] in the trunk's floating-point type
     "Hidden states at chosen places of many rows, without gradient"
-    out = torch.empty(len(row), policy.hidden_size, device=policy.device)
+    row, position, out = row.to(policy.device), position.to(policy.device), None
     for group in pack(np.array([len(r) for r in rows]), token_budget):
-        place = torch.full((len(rows),), -1)
-        place[torch.from_numpy(group)] = torch.arange(len(group))
+        place = torch.full((len(rows),), -1, device=policy.device)
+        place[torch.from_numpy(group).to(policy.device)] = torch.arange(len(group), device=policy.device)
         here = (place[row] >= 0).nonzero().squeeze(-1)
         with torch.no_grad(): hidden = policy.trunk(pad_rows([rows[i] for i in group], policy.pad_id, policy.device))
-        out[here] = hidden[place[row[here]], position[here]].float()
+        if out is None: out = hidden.new_empty(len(row), hidden.shape[-1])
+        out[here] = hidden[place[row[here]], position[here]]
     return out
 
-# %% ../nbs/07_ppo.ipynb #281656ba
+# %% ../nbs/07_ppo.ipynb #42e625a6
 @dataclass
 class Reference:
     "What the frozen reference saw of a batch"
@@ -131,7 +132,7 @@ def annotate(
         turns, finals = hidden_at(policy, rows, row[keep], position[keep], token_budget).split(sizes[1:])
     with torch.no_grad():
         logprobs = torch.cat([(policy.reference_logits(h) / temperature).log_softmax(-1).gather(-1, ids[:, None]).squeeze(-1).cpu()
-                              for h, ids in zip(tokens.split(token_budget), batch.token_ids.to(policy.device).split(token_budget))])
+                              for h, ids in zip(tokens.split(512), batch.token_ids.to(policy.device).split(512))])   # [512, V] at a time
         values, final_values = policy.value_head(turns).tolist(), policy.value_head(finals).tolist()
     everything = [turn for episode in episodes for turn in episode.turns]
     for turn, value, ref_logprobs in zip(everything, values, logprobs.split([len(t.response_ids) for t in everything])):
@@ -139,7 +140,7 @@ def annotate(
     for episode, value in zip(cut, final_values): episode.final_value = value
     return reference
 
-# %% ../nbs/07_ppo.ipynb #50f24f18
+# %% ../nbs/07_ppo.ipynb #b94e5068
 class NonFiniteLoss(FloatingPointError):
     "A loss or gradient was NaN or infinite; the policy is as it was before the update, the batch is on disk"
 
@@ -153,7 +154,7 @@ STATS = dict(
     clip_fraction="share of tokens whose gradient was clipped away",
     explained_variance="of the returns by the values that advantages were taken from: 1 is perfect, 0 no better than the mean",
     grad_norm="of the policy's gradient before clipping, a mean over steps",
-    logprob_gap="largest difference between the sampler's log-probabilities and the learner's, nats, before the first step",
+    logprob_gap="largest difference between the sampler's log-probabilities and the learner's, nats, over the tokens of the first step, before it is taken",
     mean_return="mean undiscounted return of the episodes",
     mean_length="mean turns per episode",
     invalid_rate="share of responses without an action",
@@ -162,7 +163,7 @@ STATS = dict(
     tokens_per_second="tokens of rows, prompts included, trained on per second of the update, all epochs counted",
 )
 
-# %% ../nbs/07_ppo.ipynb #1b523380
+# %% ../nbs/07_ppo.ipynb #68856d55
 class PPO:
     "The learner: turns episodes into gradient steps of a policy and its critic"
     def __init__(self,
@@ -235,7 +236,7 @@ class PPO:
             log.start_epoch()
             for mini in steps:
                 for micro in mini.micro_batches(c.token_budget):
-                    loss = self.loss(micro.to(self.policy.device), mini, batch, reference, len(steps), log)
+                    loss = self.loss(micro, mini, batch, reference, len(steps), log)
                     self._check(torch.isfinite(loss), batch, f"in epoch {epoch}")
                     loss.backward()
                 norm = [torch.nn.utils.clip_grad_norm_(group["params"], c.max_grad_norm) for group in self.optimizer.param_groups]
@@ -259,7 +260,7 @@ class PPO:
         return [batch.select(order[step == k].numpy()) for k in range(count) if (step == k).any()]
 
     def loss(self,
-        micro: Batch,         # rows to run now, selected from `mini`, on the policy's device
+        micro: Batch,         # rows to run now, selected from `mini`
         mini: Batch,          # of one optimiser step, selected from `batch`
         batch: Batch,         # the whole batch
         reference: Reference, # what the frozen reference saw of it
@@ -268,7 +269,8 @@ class PPO:
     ) -> Tensor: # scalar; the sum over all micro-batches of a step is the step's loss
         "Policy loss, value loss, KL and entropy of one micro-batch"
         c, policy, device = self.config, self.policy, self.policy.device
-        tokens, turns = mini.token_index[micro.token_index.cpu()], mini.turn_index[micro.turn_index.cpu()]
+        tokens, turns = mini.token_index[micro.token_index], mini.turn_index[micro.turn_index]
+        micro = micro.to(device)
         ids = pad_rows(micro.rows, policy.pad_id, device)
         hidden = policy.trunk(ids)
         score = policy.score_hidden(hidden[micro.token_row, micro.token_position - 1], micro.token_ids, self.temperature)
@@ -291,7 +293,7 @@ class PPO:
         raise NonFiniteLoss(f"a number is NaN or infinite {where}, in {batch!r}, saved as {path}. No weight was changed. "
                             "Look for a reward that is not finite, or lower ppo.learning_rate")
 
-# %% ../nbs/07_ppo.ipynb #5c6f781f
+# %% ../nbs/07_ppo.ipynb #7f99c98c
 class StatLog:
     "Sums over the micro-batches of an update"
     def __init__(self,
@@ -304,7 +306,7 @@ class StatLog:
     def add(self, score: Score, surrogate: Tensor, clipped: Tensor, kl: Tensor, critic: Tensor, micro: Batch) -> None:
         "Take in one micro-batch"
         log_ratio, epoch = score.logprobs - micro.logprobs, self.epochs[-1]
-        if not self.steps and micro.num_tokens: self.gap = max(self.gap, log_ratio.abs().max().item())
+        if not self.steps and micro.num_tokens: self.gap = float(np.fmax(self.gap, log_ratio.abs().max().item()))
         per_token = dict(policy_loss=surrogate, clip_fraction=clipped.float(), approx_kl=log_ratio.exp() - 1 - log_ratio, ref_kl=kl, entropy=score.entropy)
         for name, value in per_token.items(): epoch[name] += value.sum().item() / self.batch.num_tokens
         epoch["value_loss"] += critic.sum().item() / self.batch.num_turns

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Failure', 'RolloutError', 'Rollout', 'collect', 'Result', 'Evaluation', 'score_episodes', 'evaluate']
 
-# %% ../nbs/10_rollout.ipynb #340b55ac
+# %% ../nbs/10_rollout.ipynb #a389d8fc
 import math
 import statistics
 import time
@@ -21,9 +21,9 @@ import numpy as np
 from .agent import Agent, Dialogue, TaskAgent, warn_all_invalid
 from .buffer import Episode, EpisodeBuffer
 from .engine import Engine
-from .task import Task, TextEnv
+from .task import Task, TextEnv, episode_seed
 
-# %% ../nbs/10_rollout.ipynb #26b7471e
+# %% ../nbs/10_rollout.ipynb #80110d09
 @dataclass
 class Failure:
     "An episode that could not be played to its end"
@@ -42,24 +42,26 @@ class RolloutError(RuntimeError):
 
 class Rollout(EpisodeBuffer):
     "Collected episodes, in the order of their indices, and how collecting went"
-    failures: list[Failure]
-    occupancy: float    # share of the slots' turns in which a slot had an episode to play
-    seconds: float      # wall time
+    failures: Sequence[Failure] = ()
+    occupancy: float = math.nan    # share of the slots' turns in which a slot had an episode to play
+    seconds: float = math.nan      # wall time
 
-# %% ../nbs/10_rollout.ipynb #53a6a0d5
+# %% ../nbs/10_rollout.ipynb #4151f775
 class _Slot:
-    "A place for one episode after another: an environment and a session of the agent"
+    "A place for one episode after another: an environment, and for each episode a session of the agent"
     def __init__(self, agent: Agent, env: Any):
-        self.session = agent.spawn()
-        self.task = self.session.task(env)
+        self.agent, self.task = agent, agent.task(env)
         self.env: TextEnv | None = None
         self.dialogue: Dialogue | None = None
 
     def start(self, index: int, seed: int) -> None:
-        self.index, self.seed, self.dialogue = index, seed + index, None
+        self.index, self.seed, self.dialogue = index, episode_seed(seed, index), None
+        session = self.agent.spawn()      # what a user's methods keep on self belongs to one episode
+        self.task = session.task(self.task.env)
         if self.env is None: self.env = TextEnv(self.task)
+        self.env.task = self.task
         stream = np.random.default_rng([seed, index])
-        self.dialogue = self.session.start_dialogue(stream, env_id=self.task.name, index=index, seed=self.seed)
+        self.dialogue = session.start_dialogue(stream, env_id=self.task.name, index=index, seed=self.seed)
         self.env.reset(self.seed)
 
     def step(self, sample) -> Episode | None:
@@ -87,13 +89,13 @@ class _Slot:
         try: self.env.close()
         except Exception as error: warnings.warn(f"{self.task.name} could not be closed: {type(error).__name__}: {error}", stacklevel=2)
 
-# %% ../nbs/10_rollout.ipynb #fb5f6fdf
+# %% ../nbs/10_rollout.ipynb #599c07cb
 def collect(
     agent: Agent,                # who plays
     env: Any = None,             # id, factory or instance; an agent of a task knows its own
     episodes: int = 64,          # how many, all played to their end
     num_envs: int = 16,          # played side by side
-    seed: int = 0,               # episode i resets with seed + i and samples from the stream (seed, i)
+    seed: int = 0,               # episode i resets with `episode_seed(seed, i)` and samples from the stream (seed, i)
     first: int = 0,              # index of the first episode
     greedy: bool = False,        # the likeliest token instead of a sampled one
     engine: Engine | None = None, # what samples; default: the agent's, which keeps to what it can learn from
@@ -110,27 +112,29 @@ def collect(
     waiting = list(range(first, first + episodes))[::-1]
     done, failures, playing, rounds, error = {}, [], [], 0, None
     free = list(slots)
-    while waiting or playing:
-        while free and waiting:
-            slot, index = free[-1], waiting.pop()
-            try: slot.start(index, seed)
-            except Exception as e: failures.append(slot.fail(e))         # environments are foreign code
-            else: playing.append(free.pop())
-        prompts, asked = [], []
-        for slot in playing:
-            try: prompts.append(slot.dialogue.ask(slot.env.observation))
-            except ValueError as e: failures.append(slot.fail(e)); free.append(slot)   # longer than the context
-            else: asked.append(slot)
-        rounds += 1
-        playing = []
-        for slot, sample in zip(asked, engine.sample(prompts, [s.dialogue.stream for s in asked], greedy=greedy, top=top)):
-            try: episode = slot.step(sample)
-            except Exception as e: failures.append(slot.fail(e)); free.append(slot)
-            else:
-                error = slot.error or error
-                if episode is None: playing.append(slot)
-                else: done[slot.index] = episode; free.append(slot)
-    for slot in slots: slot.close()
+    try:
+        while waiting or playing:
+            while free and waiting:
+                slot, index = free[-1], waiting.pop()
+                try: slot.start(index, seed)
+                except Exception as e: failures.append(slot.fail(e))         # environments are foreign code
+                else: playing.append(free.pop())
+            prompts, asked = [], []
+            for slot in playing:
+                try: prompts.append(slot.dialogue.ask(slot.env.observation))
+                except ValueError as e: failures.append(slot.fail(e)); free.append(slot)   # longer than the context
+                else: asked.append(slot)
+            rounds += 1
+            playing = []
+            for slot, sample in zip(asked, engine.sample(prompts, [s.dialogue.stream for s in asked], greedy=greedy, top=top)):
+                try: episode = slot.step(sample)
+                except Exception as e: failures.append(slot.fail(e)); free.append(slot)
+                else:
+                    error = slot.error or error
+                    if episode is None: playing.append(slot)
+                    else: done[slot.index] = episode; free.append(slot)
+    finally:
+        for slot in slots: slot.close()
     return _report(done, failures, rounds * len(slots), time.perf_counter() - began, error)
 
 # %% ../nbs/10_rollout.ipynb #691a407e
@@ -178,7 +182,7 @@ class Evaluation:
             lines.append(f"| {name} | {s.mean_return:.3f} | ± {s.ci95:.3f} | {success} | {s.length:.1f} | {s.invalid_rate:.1%} | {len(s.episodes)} |")
         return "\n".join(lines)
 
-# %% ../nbs/10_rollout.ipynb #16994615
+# %% ../nbs/10_rollout.ipynb #c79da6b3
 def score_episodes(
     episodes: Sequence[Episode], # at least one
     success=None,                # episode -> was it a success?
@@ -195,7 +199,7 @@ def evaluate(
     agent: Agent,                        # who plays
     env: Any = None,                     # id, factory or instance; an agent of a task knows its own
     episodes: int = 100,                 # per seed
-    seeds: int | Sequence[int] = 1_000_000, # first seed, or several: the episodes of each reset with seed + i
+    seeds: int | Sequence[int] = 1_000_000, # one or several, as of `collect`
     num_envs: int = 16,                  # played side by side
     greedy: bool | None = None,          # only greedy, only sampled, or (default) both
 ) -> Evaluation:

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['BLACKJACK_ACTIONS', 'LAKE_ACTIONS', 'CLIFF_ACTIONS', 'TAXI_ACTIONS', 'TASKS', 'stated', 'DiscreteActions',
            'VectorActions', 'TextActions', 'enumerate_actions', 'actions_for', 'space_text', 'SpaceDescriber', 'Retry',
-           'retry', 'Task', 'Reading', 'Outcome', 'TextEnv', 'Player', 'RandomAgent', 'ScriptedAgent', 'play',
-           'describe_blackjack', 'basic_strategy', 'blackjack', 'GridDescriber', 'frozen_lake', 'cliff_walking',
+           'retry', 'Task', 'Reading', 'Outcome', 'TextEnv', 'Player', 'RandomAgent', 'ScriptedAgent', 'episode_seed',
+           'play', 'describe_blackjack', 'basic_strategy', 'blackjack', 'GridDescriber', 'frozen_lake', 'cliff_walking',
            'describe_taxi', 'masked_actions', 'taxi', 'for_env', 'get_task', 'OldGymEnv', 'TabularModel',
            'tabular_model', 'TabularPolicy', 'optimal_policy', 'Check', 'CheckReport', 'check_env']
 
@@ -574,12 +574,20 @@ class ScriptedAgent:
         "The chosen action in canonical words"
         return self.task.action_text(self.choose(env.obs, env.info))
 
-# %% ../nbs/08_task.ipynb #3c5c1b34
+# %% ../nbs/08_task.ipynb #319599f6
+def episode_seed(
+    seed: int,      # of a run
+    index: int,     # of an episode
+) -> int:           # to reset the episode's environment with, below 2**32
+    "The environment seed of an episode"
+    return int(np.random.SeedSequence([seed, index]).generate_state(1)[0])
+
+# %% ../nbs/08_task.ipynb #1943e5fd
 def play(
     task: Task,
     player: Player,         # RandomAgent, ScriptedAgent, or your own
     episodes: int,          # how many
-    seed: int = 0,          # episode i resets with seed + i
+    seed: int = 0,          # episode i resets with `episode_seed(seed, i)`
 ) -> EpisodeBuffer:         # transcripts: texts, actions and rewards, no token ids
     "Play whole episodes and keep what was said"
     if not isinstance(episodes, int) or episodes < 0: raise ValueError(f"episodes={episodes!r}: expected a whole number of at least 0")
@@ -588,7 +596,7 @@ def play(
     env_id = _env_name(env.env)
     for i in range(episodes):
         player.start(i)
-        env.reset(seed + i)
+        env.reset(episode_seed(seed, i))
         turns: list[Turn] = []
         while not turns or not (turns[-1].terminated or turns[-1].truncated):
             observation, reply = env.observation, player.respond(env)
@@ -596,7 +604,7 @@ def play(
             turns.append(Turn(observation=observation, response=reply, response_ids=[], action=out.action, reward=out.reward,
                               terminated=out.terminated, truncated=out.truncated, valid=out.valid, invalid_reason=out.invalid_reason))
         last = env.observation if turns[-1].truncated else None
-        buffer.append(Episode(turns=turns, segments=[], system_prompt=task.system_prompt, env_id=env_id, index=i, seed=seed + i,
+        buffer.append(Episode(turns=turns, segments=[], system_prompt=task.system_prompt, env_id=env_id, index=i, seed=episode_seed(seed, i),
                               final_ids=None, final_observation=last, final_value=None, info={}))
     env.close()
     return buffer

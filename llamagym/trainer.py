@@ -6,9 +6,10 @@
 __all__ = ['CALLBACKS', 'Callback', 'register_callback', 'Progress', 'Metrics', 'Anneal', 'save_learner', 'load_learner', 'Run',
            'Trainer', 'as_callback']
 
-# %% ../nbs/12_trainer.ipynb #5b366799
+# %% ../nbs/12_trainer.ipynb #c5f1099c
 import json
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,7 +48,7 @@ def register_callback(
         return cls
     return register
 
-# %% ../nbs/12_trainer.ipynb #c4fc5649
+# %% ../nbs/12_trainer.ipynb #5695f761
 @register_callback("progress")
 class Progress(Callback):
     "A progress bar with the return and the KL to the reference"
@@ -69,16 +70,19 @@ class Metrics(Callback):
         trainer.output_dir.mkdir(parents=True, exist_ok=True)
         self.path = trainer.output_dir/"metrics.jsonl"
         with self.path.open("w") as f:      # what is not in the history was not kept by the checkpoint a run resumed from
-            for line in trainer.history: f.write(json.dumps(line) + "\n")
+            for line in trainer.history: f.write(json.dumps(line, default=float) + "\n")
     def on_log(self, trainer, metrics):
-        with self.path.open("a") as f: f.write(json.dumps(metrics) + "\n")
+        with self.path.open("a") as f: f.write(json.dumps(metrics, default=float) + "\n")     # numpy's numbers too
 
-# %% ../nbs/12_trainer.ipynb #0a19e0c2
+# %% ../nbs/12_trainer.ipynb #32af52fe
 @dataclass
 class Anneal(Callback):
     "Linear schedules over the run, each from its first to its last value"
     learning_rate: tuple[float, float] | None = None # of the policy; the critic's keeps its ratio to it
     kl_coef: tuple[float, float] | None = None       # weight of the KL to the reference
+    def on_fit_start(self, trainer):
+        if self.kl_coef and trainer.agent.config.ppo.kl_target is not None:
+            raise ValueError("Anneal(kl_coef=...) and ppo.kl_target would both set the weight of the KL; choose one")
     def on_update_start(self, trainer):
         learner, done = trainer.agent.learner, trainer.update / max(1, trainer.updates - 1)
         if self.kl_coef: learner.kl_coef = self.kl_coef[0] + done * (self.kl_coef[1] - self.kl_coef[0])
@@ -124,7 +128,7 @@ class Run:
         last = f", last return {self.history[-1]['mean_return']:.3f}" if self.history else ""
         return f"Run({str(self.output_dir)!r}, {state} after {len(self.history)} updates{last})" + (f"\n{self.evaluation!r}" if self.evaluation else "")
 
-# %% ../nbs/12_trainer.ipynb #e07341d2
+# %% ../nbs/12_trainer.ipynb #6f9248d4
 class Trainer:
     "Trains an agent in an environment"
     def __init__(self,
@@ -136,7 +140,10 @@ class Trainer:
         if not isinstance(agent, Agent): raise TypeError(f"agent is a {type(agent).__name__}; expected a llamagym Agent")
         if config is not None and not isinstance(config, TrainerConfig):
             raise TypeError(f"config is a {type(config).__name__}; expected a TrainerConfig (TrainerConfig.from_dict makes one)")
-        self.agent, self.env, self.config = agent, env, config or agent.config.trainer
+        if config is not None:      # one place for it: the checkpoint saves the agent's
+            agent.config.trainer = config
+            agent.learner.generator.manual_seed(config.seed)
+        self.agent, self.env, self.config = agent, env, agent.config.trainer
         self.output_dir, self.updates = Path(self.config.output_dir), self.config.updates
         self.callbacks = [Progress(), Metrics(), *map(as_callback, callbacks)]
         self.update, self.episodes, self.history = 0, 0, []
@@ -178,6 +185,7 @@ class Trainer:
             raise ValueError(f"updates={updates!r}: expected a whole number of at least 1")
         self.updates, interrupted = updates or self.updates, False
         if resume: self.load_checkpoint()
+        if self.update >= self.updates: warnings.warn(f"{self.update} of {self.updates} updates are made already; pass a larger updates= to go on", stacklevel=2)
         self._tell("on_fit_start")
         try:
             while self.update < self.updates:
@@ -200,7 +208,7 @@ class Trainer:
         with atomic_folder(path) as folder:
             self.agent.policy.save(folder/"policy")
             save_learner(self.agent.learner, folder)
-            (folder/"trainer.json").write_text(json.dumps(dict(update=self.update, episodes=self.episodes, history=self.history)))
+            (folder/"trainer.json").write_text(json.dumps(dict(update=self.update, episodes=self.episodes, history=self.history), default=float))
             self.agent.config.save(folder/"config.toml")
         self._saved = self.update
         self._tell("on_checkpoint", path)

@@ -24,7 +24,7 @@ from llamagym.tiny import tiny_config, tiny_model, tiny_tokenizer
 from llamagym.trainer import Callback, Trainer
 from llamagym.warmstart import clone, encode, from_messages, transcripts
 
-pytestmark = pytest.mark.filterwarnings("ignore:none of .* responses held an action", "ignore:.*is_gradient_checkpointing", "ignore:Could not find a config file")
+pytestmark = pytest.mark.filterwarnings("ignore:none of .* responses held an action", "ignore:.*is_gradient_checkpointing")
 
 
 @pytest.fixture(scope="module")
@@ -100,8 +100,8 @@ def test_bad_input_saved_policies(policy, tmp_path):
     with pytest.raises(FileNotFoundError, match=f"no policy saved at {tmp_path}: .*policy.json is missing"):
         policy.restore(tmp_path)
     policy.save(tmp_path / "p")
-    with pytest.raises(ValueError, match="is a saved policy, which brings its own adapter and quantisation; leave lora and quantize out"):
-        Policy.load(tmp_path / "p", lora=RANK)
+    with pytest.raises(ValueError, match="is a saved policy, which brings its own lora and critic; leave that out"):
+        Policy.load(tmp_path / "p", lora=RANK, critic="shared")
     for other, message in (
         (make_policy("plain"), r"was saved with adapter='default', this policy has adapter=None; load it with Policy.load"),
         (make_policy("lora", critic="shared"), r"was saved with critic='reference', this policy has critic='shared'"),
@@ -582,13 +582,16 @@ def test_bad_input_a_long_episode_is_cut_and_not_lost(policy):
 
 
 def test_bad_input_rewards_that_are_not_numbers(policy, tmp_path):
-    """They stop the update by name; nothing changes, and the episodes are still there"""
-    task = walk_task(2, pays=lambda seed, t: float("nan") if seed == 1 else 1.0)
+    """From an environment they cost its episode. Where one gets into a batch it stops the update; nothing changes, and the episodes are still there"""
+    task = walk_task(2, pays=lambda seed, t: float("nan") if (seed, t) == (1, 1) else 1.0)
     agent = agent_of(copy.deepcopy(policy), task)
     agent.learner.failure_dir = tmp_path
-    played = collect(agent, episodes=3, num_envs=3)
+    with pytest.warns(UserWarning, match=r"episode 1 \(seed 1\) failed after 2 turns: ValueError: reward nan: expected a finite number. The other 2"):
+        played = collect(agent, episodes=3, num_envs=3)
+    assert [e.index for e in played] == [0, 2]
+    played[0].turns[1].reward = float("nan")
     weights = [p.detach().clone() for p in agent.policy.parameters()]
-    with pytest.raises(NonFiniteLoss, match="(?s)before the first step, in Batch.*saved as .*No weight was changed. Look for a reward that is not finite"):
+    with pytest.raises(NonFiniteLoss, match="before the first step, in Batch.*saved as .*No weight was changed. Look for a reward"):
         agent.learner.learn(played)
     assert all(torch.equal(a, b) for a, b in zip(agent.policy.parameters(), weights))
     assert np.isfinite(agent.learner.learn([e for e in played if np.isfinite(e.total_reward)])["policy_loss"])

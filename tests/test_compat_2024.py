@@ -29,7 +29,7 @@ class BlackjackAgent(Agent):
 
     def get_system_prompt(self) -> str:
         return """You are an expert blackjack player. Every turn, you'll see your current sum, the dealer's showing card value, and whether you have
-a usable ace. Decide whether to stay with your current sum by writing "Action: 0" or accept another card by writing "Action: 1". Accept a card unless very close to 21."""
+a usable ace. Decide whether to stay with your current sum by writing "Action: 0" or accept another card by writing "Action: 1"."""
 
     def format_observation(self, observation) -> str:
         return f"You: {observation[0]}. Dealer: {observation[1]}. You have {'an' if bool(observation[2]) else 'no'} ace."

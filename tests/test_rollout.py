@@ -17,7 +17,8 @@ from llamagym.rollout import collect, evaluate
 from llamagym.task import get_task, retry
 from llamagym.tiny import tiny_model
 
-pytestmark = pytest.mark.filterwarnings("ignore:none of .* responses held an action", "ignore:.*is_gradient_checkpointing", "ignore:Could not find a config file")
+pytestmark = pytest.mark.filterwarnings("ignore:none of .* responses held an action", "ignore:.*is_gradient_checkpointing",
+                                        "ignore:Could not find a config file")  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -222,6 +223,24 @@ def test_the_users_loop_is_the_same(policy, rule):
         assert [[getattr(t, f) for f in fields] for t in mine.turns] == [[getattr(t, f) for f in fields] for t in theirs.turns]
         assert [t.reward for t in mine.turns] == pytest.approx([t.reward for t in theirs.turns])
         assert [s.ids for s in mine.segments] == [s.ids for s in theirs.segments]
+
+
+def test_the_configuration_has_the_last_word(policy):
+    """Where it says nothing, the task decides"""
+    task = walk_task(2, pays=lambda seed, t: 0.0, parse=lambda text: None, on_invalid=retry(1), invalid_reward=-1.0, context=window(1))
+    (episode,) = collect(agent_of(policy, task), episodes=1, num_envs=1)
+    assert [t.reward for t in episode.turns] == [-1.0] * 4 and len(episode.segments) == 4
+    options = dict(rollout__on_invalid="fallback", rollout__invalid_reward=-3.0, context__context="full")
+    agent = agent_of(policy, task, **options)
+    (episode,) = collect(agent, episodes=1, num_envs=1)
+    assert [t.reward for t in episode.turns] == [-3.0] * 2 and len(episode.segments) == 1
+    for seed in (0, 0):
+        agent.act(*Walk(2).reset(seed=seed))
+        assert agent.current_episode_rewards == []
+    agent.terminate_episode()
+    assert [t.reward for t in agent.buffer[0].turns] == [-3.0] * 2 and len(agent.buffer[0].segments) == 1
+    (episode,) = collect(agent_of(policy, task, rollout__on_invalid="terminate"), episodes=1, num_envs=1)
+    assert [(t.reward, t.terminated) for t in episode.turns] == [(-1.0, True)]
 
 
 # sessions
