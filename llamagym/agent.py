@@ -110,7 +110,7 @@ class _Shared:
 
     def __deepcopy__(self, memo) -> "_Shared": return self
 
-# %% ../nbs/09_agent.ipynb #6b0dcecf
+# %% ../nbs/09_agent.ipynb #ea88f27c
 class Agent(ABC):
     "A language model that acts, is rewarded, and learns. Of its names, `policy`, `config`, `tokenizer`, `engine`, `learner` and `buffer` are taken"
     def __init__(self,
@@ -243,7 +243,7 @@ class Agent(ABC):
 
     def _begin(self) -> None:
         index, self._shared.episodes = self._shared.episodes, self._shared.episodes + 1
-        self.start_dialogue(np.random.default_rng([self.config.trainer.seed, index, 1]), index=index)   # 1: not the streams of `collect`
+        self.start_dialogue(np.random.default_rng([self.config.trainer.seed, index]), index=index)
 
     def _describe(self, observation: Any) -> str:
         text = self.format_observation(observation)

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from llamagym.agent import Agent
 from llamagym.config import Config, LoRAConfig
 from llamagym.policy import Policy
-from llamagym.task import Task, frozen_lake
+from llamagym.task import Task, episode_seed, frozen_lake
 from llamagym.tiny import tiny_model, tiny_tokenizer
 
 KINDS = ("plain", "lora", "nf4")
@@ -104,8 +104,12 @@ def tokenizer_of(style: str):
 # environments
 
 
+# Environment seeds are hashes; a walk is known by the number before: `seed + index` of an episode
+WALKS = {episode_seed(seed, i): seed + i for seed in (0, 2, 3, 5, 7, 8, 10, 100, 200, 1_000_000) for i in range(20)}
+
+
 class Walk(gym.Env):
-    """Ends after `length` steps. Step t of the episode with seed s pays s + t / 10, so that no reward can pass for another"""
+    """Ends after `length` steps. Step t of walk n pays n + t / 10, so that no reward can pass for another"""
 
     action_space = gym.spaces.Discrete(2)
     observation_space = gym.spaces.MultiDiscrete([10**9, 1000])
@@ -115,7 +119,7 @@ class Walk(gym.Env):
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
-        self.number, self.t = seed or 0, 0
+        self.number, self.t = WALKS.get(seed, seed), 0
         self.trouble("reset", self.number, 0)
         return np.array([self.number, 0]), {}
 

@@ -19,7 +19,7 @@ from llamagym.engine import Engine
 from llamagym.policy import Policy
 from llamagym.ppo import PPO, NonFiniteLoss, annotate
 from llamagym.rollout import RolloutError, collect, evaluate
-from llamagym.task import RandomAgent, play
+from llamagym.task import RandomAgent, episode_seed, play
 from llamagym.tiny import tiny_config, tiny_model, tiny_tokenizer
 from llamagym.trainer import Callback, Trainer
 from llamagym.warmstart import clone, encode, from_messages, transcripts
@@ -491,12 +491,12 @@ def trouble_at(where, number, step=1):
 def test_bad_input_an_environment_that_raises_costs_its_episode_alone(policy, where, num_envs):
     quiet = collect(agent_of(policy), episodes=6, num_envs=num_envs)
     turns = 0 if where == "reset" else 2
-    message = rf"episode 2 \(seed 2\) failed after {turns} turns: Weather: a storm at {where} . of 2. The other 5 episodes are kept"
+    message = rf"episode 2 \(seed {episode_seed(0, 2)}\) failed after {turns} turns: Weather: a storm at {where} . of 2. The other 5 episodes are kept"
     with pytest.warns(UserWarning, match=message):
         played = collect(agent_of(policy, walk_task(trouble=trouble_at(where, 2))), episodes=6, num_envs=num_envs)
     assert [e.index for e in played] == [0, 1, 3, 4, 5]
     (failure,) = played.failures
-    assert (failure.index, failure.seed, failure.turns, type(failure.error)) == (2, 2, turns, Weather)
+    assert (failure.index, failure.seed, failure.turns, type(failure.error)) == (2, episode_seed(0, 2), turns, Weather)
     for mine in played:  # the others are what they would have been
         theirs = quiet[mine.index]
         assert [(t.response_ids, t.reward) for t in mine.turns] == [(t.response_ids, t.reward) for t in theirs.turns]
@@ -526,7 +526,7 @@ def test_bad_input_words_that_raise_cost_their_episode_alone(policy, method):
 
     calls = 0
     task = walk_task(2, **({method: raises} | ({} if method in ("describe", "format_reward") else dict(parse=lambda text: None))))
-    with pytest.warns(UserWarning, match=r"episode \d \(seed \d\) failed after \d turns: Weather: lost for words. The other 4 episodes are kept"):
+    with pytest.warns(UserWarning, match=r"episode \d \(seed \d+\) failed after \d turns: Weather: lost for words. The other 4 episodes are kept"):
         played = collect(agent_of(policy, task), episodes=5, num_envs=2)
     assert len(played) == 4 and all(len(e) == 2 for e in played)
 
@@ -539,7 +539,7 @@ def test_bad_input_an_environment_that_cannot_be_closed(policy):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         played = collect(agent_of(policy, walk_task(trouble=trouble)), episodes=4, num_envs=2)
-    assert [e.index for e in played] == [0, 2, 3] and any("episode 1 (seed 1) failed" in str(w.message) for w in caught)
+    assert [e.index for e in played] == [0, 2, 3] and any("episode 1 (seed" in str(w.message) for w in caught)
 
 
 def test_bad_input_all_episodes_fail(policy):
@@ -547,7 +547,8 @@ def test_bad_input_all_episodes_fail(policy):
         if where == "step" and t == 1:
             raise Weather(f"a storm over {seed}")
 
-    message = r"(?s)all 3 episodes failed; the first:\nepisode 0 \(seed 5\) failed after 2 turns: Weather: a storm over 5\nTraceback.*raise Weather"
+    first = rf"episode 0 \(seed {episode_seed(5, 0)}\) failed after 2 turns: Weather: a storm over 5"
+    message = rf"(?s)all 3 episodes failed; the first:\n{first}\nTraceback.*raise Weather"
     with pytest.raises(RolloutError, match=message) as caught:
         collect(agent_of(policy, walk_task(trouble=trouble)), episodes=3, num_envs=2, seed=5)
     assert [f.index for f in caught.value.failures] == [0, 1, 2]
@@ -564,7 +565,8 @@ def test_bad_input_environments_that_cannot_be_made(policy):
 def test_bad_input_one_observation_longer_than_the_context(policy, when):
     task = walk_task(3, describe=lambda obs, info: "xyz " * 80 if tuple(obs) == (1, when) else f"Step {obs[1]}.")
     agent = agent_of(policy, task, context__max_length=200)
-    message = rf"(?s)episode 1 \(seed 1\) failed after {when} turns: ContextOverflow: an observation of \d+ tokens .* 'xyz xyz.*The other 3 episodes are kept"
+    failure = rf"episode 1 \(seed {episode_seed(0, 1)}\) failed after {when} turns: ContextOverflow: an observation of \d+ tokens .* 'xyz xyz"
+    message = rf"(?s){failure}.*The other 3 episodes are kept"
     with pytest.warns(UserWarning, match=message):
         played = collect(agent, episodes=4, num_envs=2)
     assert [e.index for e in played] == [0, 2, 3] and all(len(e) == 3 for e in played)
@@ -586,7 +588,7 @@ def test_bad_input_rewards_that_are_not_numbers(policy, tmp_path):
     task = walk_task(2, pays=lambda seed, t: float("nan") if (seed, t) == (1, 1) else 1.0)
     agent = agent_of(copy.deepcopy(policy), task)
     agent.learner.failure_dir = tmp_path
-    with pytest.warns(UserWarning, match=r"episode 1 \(seed 1\) failed after 2 turns: ValueError: reward nan: expected a finite number. The other 2"):
+    with pytest.warns(UserWarning, match=r"episode 1 \(seed \d+\) failed after 2 turns: ValueError: reward nan: expected a finite number. The other 2"):
         played = collect(agent, episodes=3, num_envs=3)
     assert [e.index for e in played] == [0, 2]
     played[0].turns[1].reward = float("nan")
@@ -713,7 +715,7 @@ def test_bad_input_resume_from_another_kind(policy, tmp_path):
 def test_bad_input_a_training_environment_that_raises(policy, tmp_path):
     """One failed episode is counted in the metrics; when all fail, the run ends and the checkpoint before it stands"""
     trainer = trainer_of(policy, tmp_path / "one", walk_task(2, trouble_at("step", 1)))
-    with pytest.warns(UserWarning, match="episode 1 .seed 1. failed after 2 turns: Weather"):
+    with pytest.warns(UserWarning, match="episode 1 .seed .* failed after 2 turns: Weather"):
         run = trainer.fit()
     assert [line["failed_episodes"] for line in run.history] == [1, 0] and [line["episodes"] for line in run.history] == [2, 4]
 

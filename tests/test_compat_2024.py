@@ -299,7 +299,7 @@ def test_compat_2024_the_parser_sees_the_response_alone(template):
     for text, (_, sample, _), turn in zip(agent.read, samples, turns):
         ids = sample.ids[:-1] if sample.stopped else sample.ids
         assert text == turn.response == agent.tokenizer.decode(ids, skip_special_tokens=True)
-        assert "Action:" not in text and "Walk" not in text
+        assert "Step" not in text and "Write" not in text
 
 
 @pytest.mark.parametrize("fails", ["raises", "None"])
@@ -417,9 +417,10 @@ def test_compat_2024_seeded():
 
 
 def test_compat_2024_the_users_loop_and_many_environments_play_the_same():
-    """The same agent, environment and seeds: `collect` gives the episodes that the loop gave"""
+    """The same agent, environments and random numbers: `collect` gives the episodes that the loop gave"""
     looped, many = make_agent(), make_agent()
     for seed in range(4):
+        looped.start_dialogue(np.random.default_rng([0, seed]))
         play_walk(looped, Walk(3), seed)
     collected = collect(many, Walk, episodes=4, num_envs=2)
     for mine, theirs in zip(looped.buffer, collected):

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -79,6 +80,7 @@ class Oracle:
         self.first = copy.deepcopy(ppo.policy.model).double()
         self.first_head = copy.deepcopy(ppo.policy.value_head).double()
         self.frozen = None if self.peft else copy.deepcopy(self.first)
+        self.known = {}
 
     @staticmethod
     def forward(model, ids):
@@ -86,11 +88,10 @@ class Oracle:
         return (out.logits[0] / TEMPERATURE).log_softmax(-1), out.hidden_states[-1][0]
 
     def reference(self, ids):
-        with torch.no_grad():
-            if not self.peft:
-                return self.forward(self.frozen, ids)
-            with self.first.disable_adapter():
-                return self.forward(self.first, ids)
+        if tuple(ids) not in self.known:
+            with torch.no_grad(), nullcontext() if self.frozen else self.first.disable_adapter():
+                self.known[tuple(ids)] = self.forward(self.frozen or self.first, ids)
+        return self.known[tuple(ids)]
 
     def old_value(self, ids, position) -> float:
         with torch.no_grad():
@@ -116,11 +117,10 @@ class Oracle:
         """The whole batch's loss at the weights of `model` and `head`"""
         c, values, advantages, returns = self.config, *targets
         turns = [(e, t) for e in episodes for t in e.turns]
+        now = {id(s): self.forward(model, s.ids) for e in episodes for s in e.segments}
         policy_terms, kl_terms, entropies, value_terms = [], [], [], []
         for (episode, turn), old, advantage, target in zip(turns, values, advantages, returns):
-            ids = episode.segments[turn.segment].ids
-            dist, hidden = self.forward(model, ids)
-            ref, ref_hidden = self.reference(ids)
+            (dist, hidden), (ref, ref_hidden) = now[id(episode.segments[turn.segment])], self.reference(episode.segments[turn.segment].ids)
             state = {"reference": ref_hidden, "detached": hidden.detach(), "shared": hidden}[self.critic][turn.start - 1]
             value = head.out(head.inner(state)).squeeze(-1)
             error = (value - target) ** 2

@@ -14,7 +14,7 @@ from llamagym.chat import window
 from llamagym.policy import Policy
 from llamagym.ppo import annotate
 from llamagym.rollout import collect, evaluate
-from llamagym.task import get_task, retry
+from llamagym.task import episode_seed, get_task, retry
 from llamagym.tiny import tiny_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:none of .* responses held an action", "ignore:.*is_gradient_checkpointing",
@@ -31,11 +31,12 @@ def agent_of(policy, task=None, **options) -> Agent:
 
 
 class LongWalk(Walk):
-    """As long as its seed says: 1 to 5 steps"""
+    """As long as its number says: 1 to 5 steps"""
 
     def reset(self, *, seed=None, options=None):
-        self.length = 1 + seed % 5
-        return super().reset(seed=seed)
+        observation, info = super().reset(seed=seed)
+        self.length = 1 + self.number % 5
+        return observation, info
 
 
 # which episodes
@@ -44,11 +45,11 @@ class LongWalk(Walk):
 @pytest.mark.parametrize("num_envs", [1, 3, 100])
 def test_episodes_are_those_asked_for_and_all_are_played_out(policy, num_envs):
     played = collect(agent_of(policy), LongWalk, episodes=8, num_envs=num_envs, seed=10, first=4)
-    assert [e.index for e in played] == list(range(4, 12)) and [e.seed for e in played] == list(range(14, 22))
-    assert [len(e) for e in played] == [1 + s % 5 for s in range(14, 22)]  # no bias towards short ones
-    for episode in played:
-        assert [t.reward for t in episode.turns] == [episode.seed + t / 10 for t in range(len(episode))]
-        assert [t.observation for t in episode.turns] == [f"Step {t} of walk {episode.seed}." for t in range(len(episode))]
+    assert [e.index for e in played] == list(range(4, 12)) and [e.seed for e in played] == [episode_seed(10, i) for i in range(4, 12)]
+    assert [len(e) for e in played] == [1 + n % 5 for n in range(14, 22)]  # no bias towards short ones
+    for number, episode in zip(range(14, 22), played):
+        assert [t.reward for t in episode.turns] == [number + t / 10 for t in range(len(episode))]
+        assert [t.observation for t in episode.turns] == [f"Step {t} of walk {number}." for t in range(len(episode))]
         assert [t.terminated for t in episode.turns] == [False] * (len(episode) - 1) + [True] and not any(t.truncated for t in episode.turns)
         assert episode.final_ids is None and episode.final_observation is None and episode.system_prompt == "Walk."
         episode.validate()
@@ -87,7 +88,7 @@ def test_environments_of_every_kind(policy):
         assert [len(e) for e in collect(agent, env, episodes=3, num_envs=2)] == [2, 2, 2]
     closed = []
     mine = LongWalk(trouble=lambda where, *_: closed.append(where) if where == "close" else None)
-    assert [e.seed for e in collect(agent_of(policy), mine, episodes=3, num_envs=1)] == [0, 1, 2] and mine.number == 2
+    assert [len(e) for e in collect(agent_of(policy), mine, episodes=3, num_envs=1)] == [1, 2, 3] and mine.number == 2
     assert closed == []
     made = []
     collect(agent_of(policy), lambda: made.append(Walk(trouble=lambda where, *_: closed.append(where) if where == "close" else None)) or made[-1], 3, 2)
@@ -184,7 +185,7 @@ def test_responses_without_an_action(policy, rule):
         t, attempts = 0, 0  # what a referee would have said
         for number, turn in enumerate(episode.turns):
             valid = sum(map(ord, turn.response)) % 2 == 0
-            assert turn.valid == valid and turn.observation == f"Step {t} of walk {episode.seed}."
+            assert turn.valid == valid and turn.observation == f"Step {t} of walk {2 + episode.index}."
             assert turn.invalid_reason == (None if valid else "ValueError: in no mood")
             expected = 0.01 * len(turn.response) - 0.5 * (not valid)
             again = not valid and rule == "retry" and attempts < 2
@@ -193,7 +194,7 @@ def test_responses_without_an_action(policy, rule):
                 assert turn.action is None
                 attempts += 1
             else:
-                expected += episode.seed + t / 10
+                expected += 2 + episode.index + t / 10
                 assert turn.action == (1 if valid else 0)
                 t, attempts, steps = t + 1, 0, steps + 1
             assert turn.reward == pytest.approx(expected)
@@ -204,11 +205,12 @@ def test_responses_without_an_action(policy, rule):
 
 @pytest.mark.parametrize("rule", RULES)
 def test_the_users_loop_is_the_same(policy, rule):
-    """`act` and `assign_reward` leave the episodes that `collect` makes: same responses, actions, rewards, ends"""
+    """`act` and `assign_reward` leave the episodes that `collect` makes, of the same random numbers: same responses, actions, rewards, ends"""
     task = walk_task(3, parse=moody, on_invalid=RULES[rule], invalid_reward=-0.5, fallback=lambda obs, info: 0, format_reward=lambda text: 0.01 * len(text))
     agent, env = agent_of(policy, task), Walk(3)
     for seed in range(6):
         (observation, info), done = env.reset(seed=seed), False
+        agent.start_dialogue(np.random.default_rng([0, seed]))
         while not done:
             try:
                 action = agent.act(observation, info)
@@ -234,9 +236,10 @@ def test_the_configuration_has_the_last_word(policy):
     agent = agent_of(policy, task, **options)
     (episode,) = collect(agent, episodes=1, num_envs=1)
     assert [t.reward for t in episode.turns] == [-3.0] * 2 and len(episode.segments) == 1
-    for seed in (0, 0):
-        agent.act(*Walk(2).reset(seed=seed))
-        assert agent.current_episode_rewards == []
+    for number in range(2):
+        assert agent.act(*Walk(2).reset(seed=number)) == 0
+        assert agent.current_episode_rewards == [-3.0] * number
+        agent.assign_reward(0.0)
     agent.terminate_episode()
     assert [t.reward for t in agent.buffer[0].turns] == [-3.0] * 2 and len(agent.buffer[0].segments) == 1
     (episode,) = collect(agent_of(policy, task, rollout__on_invalid="terminate"), episodes=1, num_envs=1)
@@ -272,8 +275,22 @@ def test_every_slot_has_a_session_of_its_own(policy):
     agent = diary(policy)
     played = collect(agent, LongWalk, episodes=7, num_envs=3)
     for episode in played:
-        assert [t.observation for t in episode.turns] == [f"Walk {episode.seed}: {t + 1} seen, all of it: True." for t in range(len(episode))]
+        assert [t.observation for t in episode.turns] == [f"Walk {episode.index}: {t + 1} seen, all of it: True." for t in range(len(episode))]
     assert not hasattr(agent, "pages") and len(agent.buffer) == 0 and agent.current_episode_rewards == []
+
+
+def test_what_a_users_methods_keep_belongs_to_one_episode(policy):
+    """Also where one slot plays several, and nothing resets it"""
+
+    class Counts(Diary):
+        def get_system_prompt(self):
+            return "Count."
+
+    agent = Counts(policy, config=config())
+    agent.pages = [-1]  # what the agent had seen before is where each episode begins
+    for episode in collect(agent, LongWalk, episodes=5, num_envs=2):
+        assert [t.observation for t in episode.turns] == [f"Walk {episode.index}: {t + 2} seen, all of it: False." for t in range(len(episode))]
+    assert agent.pages == [-1]
 
 
 def test_a_subclass_chooses_what_to_fall_back_on(policy):
@@ -327,12 +344,12 @@ def test_spawned_sessions_share_what_learns(policy):
 
 
 def test_evaluation_counts(policy):
-    task = walk_task(2, parse=moody, success=lambda episode: episode.seed % 2 == 0)
+    task = walk_task(2, parse=moody, success=lambda episode: episode.index % 2 == 0)
     agent = agent_of(policy, task)
     weights = [p.clone() for p in policy.parameters()]
     result = evaluate(agent, episodes=5, seeds=[100, 200], num_envs=3)
     for found in (result.greedy, result.sampled):
-        assert [e.seed for e in found.episodes] == [*range(100, 105), *range(200, 205)]
+        assert [e.seed for e in found.episodes] == [episode_seed(seed, i) for seed in (100, 200) for i in range(5)]
         returns = np.array([e.total_reward for e in found.episodes])
         assert found.mean_return == pytest.approx(returns.mean()) == pytest.approx(2 * 152 + 0.1)
         assert found.ci95 == pytest.approx(1.96 * returns.std(ddof=1) / math.sqrt(10))

@@ -13,6 +13,7 @@ from llamagym.chat import window
 from llamagym.task import (
     BLACKJACK_ACTIONS, LAKE_ACTIONS, TASKS, TAXI_ACTIONS, DiscreteActions, OldGymEnv, RandomAgent, Retry, ScriptedAgent, SpaceDescriber,
     Task, TextEnv, actions_for, basic_strategy, blackjack, check_env, cliff_walking, describe_blackjack, describe_taxi, enumerate_actions,
+    episode_seed,
     for_env, frozen_lake, get_task, masked_actions, optimal_policy, play, retry, space_text, stated, tabular_model, taxi)
 
 READY = {"blackjack": blackjack, "lake": frozen_lake, "dry lake": functools.partial(frozen_lake, False),
@@ -285,7 +286,7 @@ def test_streams_belong_to_episodes():
     task = blackjack()
     many, alone = play(task, RandomAgent(task, 3), 6, seed=10), play(task, RandomAgent(task, 3), 1, seed=10)
     assert [t.response for t in many[0].turns] == [t.response for t in alone[0].turns]
-    assert [e.seed for e in many] == [10, 11, 12, 13, 14, 15] and [e.index for e in many] == list(range(6))
+    assert [e.seed for e in many] == [episode_seed(10, i) for i in range(6)] and [e.index for e in many] == list(range(6))
     again = play(task, RandomAgent(task, 3), 6, seed=10)
     assert [[(t.observation, t.response, t.reward) for t in e.turns] for e in many] == [[(t.observation, t.response, t.reward) for t in e.turns] for e in again]
     assert play(task, RandomAgent(task), 0).__len__() == 0
