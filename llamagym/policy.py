@@ -80,7 +80,7 @@ def compute_dtype(
     if torch.device(device).type != "cuda": return torch.float32
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
-# %% ../nbs/05_policy.ipynb #0c782c30
+# %% ../nbs/05_policy.ipynb #0b08594f
 def as_dtype(
     dtype: str | torch.dtype, # `"auto"`, a name, or the thing itself
     device: torch.device,     # that `"auto"` is decided by
@@ -107,8 +107,8 @@ def load_base(
     with contextlib.ExitStack() as stack:
         if name == "tiny" or name.startswith("tiny:"):
             tokenizer, model = tiny_tokenizer(), tiny_model(name.partition(":")[2] or "llama", seed)
-            if quantize is None: return model.to(device, dtype), tokenizer
-            name = stack.enter_context(tempfile.TemporaryDirectory())   # quantisation happens while weights are read
+            if quantize is None and dtype == torch.float32: return model.to(device), tokenizer
+            name = stack.enter_context(tempfile.TemporaryDirectory())   # reading rounds and quantises weights alone; `model.to` would round rotary frequencies too
             with no_progress_bars(): model.save_pretrained(name); tokenizer.save_pretrained(name)
         tokenizer = AutoTokenizer.from_pretrained(name)
         kwargs = dict(quantization_config=nf4_config(dtype), device_map={"": device}) if quantize else {}
