@@ -8,7 +8,7 @@ __all__ = ['CRITICS', 'no_progress_bars', 'recover_folder', 'atomic_folder', 'co
            'load_policy', 'policy_from_config', 'bare', 'write_policy', 'read_meta', 'read_policy', 'restore_policy',
            'merge_and_save']
 
-# %% ../nbs/05_policy.ipynb #2ff64d90
+# %% ../nbs/05_policy.ipynb #76705c06
 import contextlib
 import copy
 import json
@@ -32,6 +32,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from .config import LoRAConfig, ModelConfig
 from .extras import require
 from .tiny import tiny_model, tiny_tokenizer
+
+warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)   # peft's, of transformers: not for users to mend
 
 # %% ../nbs/05_policy.ipynb #1453ae64
 @contextlib.contextmanager
@@ -332,7 +334,7 @@ class Policy:
         if self.is_peft and self.has_reference: self.model.delete_adapter("reference")
         self.has_reference, self._frozen = False, None
 
-# %% ../nbs/05_policy.ipynb #7a86a8c3
+# %% ../nbs/05_policy.ipynb #1fe16d39
 def add_lora(
     model: PreTrainedModel,      # a base, quantised or not; changed in place
     lora: LoRAConfig | LoraConfig, # rank, scale and targets
@@ -345,8 +347,7 @@ def add_lora(
         targets = lora.target_modules
         lora = LoraConfig(r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, task_type="CAUSAL_LM",
                           target_modules=targets if isinstance(targets, str) else list(targets))
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)      # peft's own, of transformers
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return get_peft_model(model, lora)
 

@@ -3,14 +3,20 @@
 import contextlib
 import copy
 import io
+import os
 
 import pytest
+import torch
 from doubles import config, lake, make_policy
 
 from llamagym.agent import Agent
 from llamagym.config import WarmstartConfig
 from llamagym.task import RandomAgent, play
 from llamagym.warmstart import clone
+
+# Tiny models gain next to nothing from a second thread, and lose much where the cores are shared. The variable is for programs that tests start.
+torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(scope="session")
