@@ -59,7 +59,8 @@ for seed in range(arguments.first, arguments.first + arguments.seeds):
     for critic in CRITICS:
         row = train(critic, seed, arguments.updates, arguments.output)
         rows.append(row)
-        print(f"{critic:>9}  {seed:>4}  {row['cpu_seconds']:>6.0f}  {row['explained_variance']:>18.3f}  {row['sampled_return']:>14.3f}  {row['exact_return']:>12.4f}", flush=True)
+        print(f"{critic:>9}  {seed:>4}  {row['cpu_seconds']:>6.0f}  {row['explained_variance']:>18.3f}  {row['sampled_return']:>14.3f}  "
+              f"{row['exact_return']:>12.4f}", flush=True)
         with (arguments.output / "results.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 for critic in CRITICS:

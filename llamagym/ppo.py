@@ -4,13 +4,15 @@
 
 # %% auto #0
 __all__ = ['STATS', 'policy_loss', 'value_loss', 'exact_kl', 'k2_kl', 'adapt_kl_coef', 'pad_rows', 'hidden_at', 'Reference',
-           'annotate', 'NonFiniteLoss', 'PPO', 'StatLog']
+           'annotate', 'StatLog', 'NonFiniteLoss', 'PPO']
 
-# %% ../nbs/07_ppo.ipynb #8a5fc8d9
+# %% ../nbs/07_ppo.ipynb #d78993ad
 import copy
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -104,13 +106,24 @@ def hidden_at(
         out[here] = hidden[place[row[here]], position[here]]
     return out
 
-# %% ../nbs/07_ppo.ipynb #42e625a6
+# %% ../nbs/07_ppo.ipynb #9db6de64
 @dataclass
 class Reference:
     "What the frozen reference saw of a batch"
     token_hidden: Tensor # [N, H] what each sampled token was predicted from
     turn_hidden: Tensor  # [M, H] at the last prompt token of each turn
 
+@torch.no_grad()
+def _reference_log_dist(policy: Policy, hidden: Tensor, temperature: float) -> Tensor:
+    "[N, V] nats: what the reference says after hidden states [N, H]"
+    return (policy.reference_logits(hidden) / temperature).log_softmax(-1)
+
+def _reference_logprobs(policy: Policy, hidden: Tensor, token_ids: Tensor, temperature: float) -> Tensor:
+    "[N] nats, on the CPU: the reference's log-probabilities of tokens [N] predicted from [N, H]"
+    pieces = zip(hidden.split(512), token_ids.to(policy.device).split(512))   # [512, V] at a time
+    return torch.cat([_reference_log_dist(policy, h, temperature).gather(-1, ids[:, None]).squeeze(-1).cpu() for h, ids in pieces])
+
+# %% ../nbs/07_ppo.ipynb #b6c11113
 def annotate(
     policy: Policy,              # whose reference and critic to read
     episodes: Sequence[Episode], # collected; `value`, `ref_logprobs` and `final_value` are filled in
@@ -130,20 +143,39 @@ def annotate(
     if policy.critic != "reference":
         keep = slice(batch.num_tokens, None)
         turns, finals = hidden_at(policy, rows, row[keep], position[keep], token_budget).split(sizes[1:])
-    with torch.no_grad():
-        logprobs = torch.cat([(policy.reference_logits(h) / temperature).log_softmax(-1).gather(-1, ids[:, None]).squeeze(-1).cpu()
-                              for h, ids in zip(tokens.split(512), batch.token_ids.to(policy.device).split(512))])   # [512, V] at a time
-        values, final_values = policy.value_head(turns).tolist(), policy.value_head(finals).tolist()
+    logprobs = _reference_logprobs(policy, tokens, batch.token_ids, temperature)
+    with torch.no_grad(): values, final_values = policy.value_head(turns).tolist(), policy.value_head(finals).tolist()
     everything = [turn for episode in episodes for turn in episode.turns]
     for turn, value, ref_logprobs in zip(everything, values, logprobs.split([len(t.response_ids) for t in everything])):
         turn.value, turn.ref_logprobs = value, ref_logprobs.numpy()
     for episode, value in zip(cut, final_values): episode.final_value = value
     return reference
 
-# %% ../nbs/07_ppo.ipynb #b94e5068
-class NonFiniteLoss(FloatingPointError):
-    "A loss or gradient was NaN or infinite; the policy is as it was before the update, the batch is on disk"
+# %% ../nbs/07_ppo.ipynb #ea768621
+@dataclass
+class _Terms:
+    "What the loss of a micro-batch is made of"
+    score: Score      # of its N sampled tokens under the policy
+    surrogate: Tensor # [N] in units of the (normalised) return
+    clipped: Tensor   # [N] whether the surrogate's gradient was clipped away
+    ref_kl: Tensor    # [N] nats, summed over the vocabulary: what is logged
+    penalty: Tensor   # [N] what stands for the KL in the loss
+    critic: Tensor    # [M] half the squared error of each turn
 
+def _loss_terms(policy: Policy, micro: Batch, reference: Reference, config: PPOConfig, temperature: float) -> _Terms:
+    "One forward pass over a micro-batch that lies on the policy's device, with what the reference saw of it"
+    hidden = policy.trunk(pad_rows(micro.rows, policy.pad_id, policy.device))
+    score = policy.score_hidden(hidden[micro.token_row, micro.token_position - 1], micro.token_ids, temperature)
+    surrogate, clipped = policy_loss(score.logprobs, micro.logprobs, micro.advantages, config.clip_range)
+    ref_log_dist = _reference_log_dist(policy, reference.token_hidden, temperature)
+    ref_kl = exact_kl(score.log_dist, ref_log_dist)
+    penalty = ref_kl if config.kl_loss == "exact" else k2_kl(score.logprobs, ref_log_dist.gather(-1, micro.token_ids[:, None]).squeeze(-1))
+    state = reference.turn_hidden if policy.critic == "reference" else hidden[micro.turn_row, micro.turn_position]
+    if policy.critic == "detached": state = state.detach()
+    critic = value_loss(policy.value_head(state), micro.values, micro.returns, config.value_clip)
+    return _Terms(score, surrogate, clipped, ref_kl, penalty, critic)
+
+# %% ../nbs/07_ppo.ipynb #3d9d6de7
 STATS = dict(
     policy_loss="clipped surrogate, a mean over tokens and epochs (Schulman et al. 2017, eq. 7)",
     value_loss="half the critic's squared error, a mean over turns and epochs",
@@ -163,7 +195,94 @@ STATS = dict(
     tokens_per_second="tokens of rows, prompts included, trained on per second of the update, all epochs counted",
 )
 
-# %% ../nbs/07_ppo.ipynb #68856d55
+# %% ../nbs/07_ppo.ipynb #89d7cb82
+def _episode_stats(episodes: Sequence[Episode]) -> dict[str, float]:
+    "What is known without looking at the policy"
+    turns = [turn for episode in episodes for turn in episode.turns]
+    return dict(mean_return=float(np.mean([e.total_reward for e in episodes])), mean_length=len(turns) / len(episodes),
+                invalid_rate=float(np.mean([not t.valid for t in turns])))
+
+def _explained_variance(returns: Tensor, values: Tensor) -> float:
+    "Share of the variance of returns [M] that values [M] account for; 0 where there is none"
+    spread = returns.var(unbiased=False).item()
+    return 1 - (returns - values).var(unbiased=False).item() / spread if spread > 0 else 0.0
+
+# %% ../nbs/07_ppo.ipynb #775fb753
+class StatLog:
+    "Sums over the micro-batches of an update"
+    def __init__(self,
+        batch: Batch, # whose statistics these are
+    ):
+        self.batch, self.steps, self.epochs, self.gap = batch, [], [], 0.0
+    def start_epoch(self) -> None: self.epochs.append(dict.fromkeys(("policy_loss", "clip_fraction", "approx_kl", "ref_kl", "entropy", "value_loss"), 0.0))
+
+    @torch.no_grad()
+    def add(self, score: Score, surrogate: Tensor, clipped: Tensor, kl: Tensor, critic: Tensor, micro: Batch) -> None:
+        "Take in one micro-batch"
+        log_ratio, epoch = score.logprobs - micro.logprobs, self.epochs[-1]
+        if not self.steps and micro.num_tokens: self.gap = float(np.fmax(self.gap, log_ratio.abs().max().item()))
+        per_token = dict(policy_loss=surrogate, clip_fraction=clipped.float(), approx_kl=log_ratio.exp() - 1 - log_ratio, ref_kl=kl, entropy=score.entropy)
+        for name, value in per_token.items(): epoch[name] += value.sum().item() / self.batch.num_tokens
+        epoch["value_loss"] += critic.sum().item() / self.batch.num_turns
+
+    def mean(self, name: str) -> float:
+        "A statistic of the newest epoch"
+        return self.epochs[-1][name]
+
+    def summary(self) -> dict[str, float]:
+        "All of them: losses and clipping over all epochs, distances and entropy over the newest"
+        over_all = {k: float(np.mean([e[k] for e in self.epochs])) for k in ("policy_loss", "value_loss", "clip_fraction")}
+        return over_all | {k: self.mean(k) for k in ("approx_kl", "ref_kl", "entropy")} | dict(
+            explained_variance=_explained_variance(self.batch.returns, self.batch.values),
+            grad_norm=float(np.mean(self.steps)), logprob_gap=self.gap, tokens=float(self.batch.num_tokens))
+
+# %% ../nbs/07_ppo.ipynb #5624b824
+class NonFiniteLoss(FloatingPointError):
+    "A loss or gradient was NaN or infinite; the policy is as it was before the update, the batch is on disk"
+
+def _require_finite(numbers: Sequence[Tensor], where: str, batch: Batch, folder: Path) -> None:
+    "Save the batch and raise, unless all numbers are finite"
+    if all(torch.isfinite(t).all() for t in numbers): return
+    path = batch.save(folder/f"batch-{int(time.time() * 1000)}.npz")
+    raise NonFiniteLoss(f"a number is NaN or infinite {where}, in {batch!r}, saved as {path}. No weight was changed. "
+                        "Look for a reward that is not finite, or lower ppo.learning_rate")
+
+# %% ../nbs/07_ppo.ipynb #705d6d8c
+@contextmanager
+def _all_or_nothing(optimizer: torch.optim.Optimizer, generator: torch.Generator) -> Iterator[None]:
+    "Whatever stops the block halfway, an interrupt too, leaves what is trained, its moments and the random order as they were"
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    before, moments, order = [p.detach().clone() for p in trained], copy.deepcopy(optimizer.state_dict()), generator.get_state()
+    try: yield
+    except BaseException:
+        with torch.no_grad():
+            for p, old in zip(trained, before): p.copy_(old)
+        optimizer.zero_grad(set_to_none=True)
+        optimizer.load_state_dict(moments)
+        generator.set_state(order)
+        raise
+
+# %% ../nbs/07_ppo.ipynb #50ece30c
+def _mini_batches(batch: Batch, mini_batch_size: int, generator: torch.Generator) -> list[Batch]:
+    "A random order of rows, cut into optimiser steps"
+    order = torch.randperm(batch.num_rows, generator=generator)
+    turns = torch.bincount(batch.turn_row, minlength=batch.num_rows)[order].cumsum(0)
+    count = max(1, round(batch.num_turns / mini_batch_size))
+    step = ((turns - 1) * count // batch.num_turns).clamp(max=count - 1)
+    return [batch.select(order[step == k].numpy()) for k in range(count) if (step == k).any()]
+
+def _step(optimizer: torch.optim.Optimizer, losses: Iterable[Tensor], max_grad_norm: float, epoch: int,
+          check: Callable[[Sequence[Tensor], str], None]) -> float:
+    "One step down the sum of the micro-batches' losses; the norm of the first group's gradient before clipping"
+    for loss in losses:
+        check([loss], f"in epoch {epoch}")
+        loss.backward()
+    norms = [torch.nn.utils.clip_grad_norm_(group["params"], max_grad_norm) for group in optimizer.param_groups]
+    check([sum(norms)], f"in the gradient of epoch {epoch}")
+    optimizer.step(); optimizer.zero_grad(set_to_none=True)
+    return norms[0].item()
+
+# %% ../nbs/07_ppo.ipynb #76e1d0f0
 class PPO:
     "The learner: turns episodes into gradient steps of a policy and its critic"
     def __init__(self,
@@ -204,60 +323,37 @@ class PPO:
         if not len(episodes): raise ValueError("no episodes to learn from")
         reference = annotate(self.policy, episodes, self.temperature, self.config.token_budget)
         assign(episodes, self.credit.gamma, self.credit.gae_lambda)
-        if self.credit.normalize: normalize_advantages(episodes)
-        stats = self.update(Batch.from_episodes(episodes), reference)
-        turns = [turn for episode in episodes for turn in episode.turns]
-        return stats | dict(mean_return=float(np.mean([e.total_reward for e in episodes])), mean_length=len(turns) / len(episodes),
-                            invalid_rate=float(np.mean([not t.valid for t in turns])))
+        if self.credit.normalize:
+            with np.errstate(invalid="ignore"): normalize_advantages(episodes)   # an infinite reward makes NaN, which `update` refuses
+        return self.update(Batch.from_episodes(episodes), reference) | _episode_stats(episodes)
 
     def update(self,
         batch: Batch,         # with advantages and returns
         reference: Reference, # what `annotate` read of it
     ) -> dict[str, float]: # see `STATS`
         "Gradient steps on one batch. Raises `NonFiniteLoss`. Whatever stops it halfway, an interrupt too, leaves all as it was"
-        trained = [p for group in self.optimizer.param_groups for p in group["params"]]
-        before, moments, order = [p.detach().clone() for p in trained], copy.deepcopy(self.optimizer.state_dict()), self.generator.get_state()
-        try: return self._update(batch, reference)
-        except BaseException:
-            with torch.no_grad():
-                for p, old in zip(trained, before): p.copy_(old)
+        c, log, check = self.config, StatLog(batch), partial(_require_finite, batch=batch, folder=self.failure_dir)
+        with _all_or_nothing(self.optimizer, self.generator):
+            began = time.perf_counter()
             self.optimizer.zero_grad(set_to_none=True)
-            self.optimizer.load_state_dict(moments)
-            self.generator.set_state(order)
-            raise
-
-    def _update(self, batch: Batch, reference: Reference) -> dict[str, float]:
-        c, began = self.config, time.perf_counter()
-        self.optimizer.zero_grad(set_to_none=True)
-        self._check(all(torch.isfinite(t).all() for t in (batch.logprobs, batch.advantages, batch.returns, batch.values)), batch, "before the first step")
-        log, seen = StatLog(batch), 0
-        for epoch in range(c.epochs):
-            steps = self.mini_batches(batch)
-            log.start_epoch()
-            for mini in steps:
-                for micro in mini.micro_batches(c.token_budget):
-                    loss = self.loss(micro, mini, batch, reference, len(steps), log)
-                    self._check(torch.isfinite(loss), batch, f"in epoch {epoch}")
-                    loss.backward()
-                norm = [torch.nn.utils.clip_grad_norm_(group["params"], c.max_grad_norm) for group in self.optimizer.param_groups]
-                self._check(torch.isfinite(norm[0] + norm[1]), batch, f"in the gradient of epoch {epoch}")
-                self.optimizer.step(); self.optimizer.zero_grad(set_to_none=True)
-                log.steps.append(norm[0].item())
-            seen += sum(map(len, batch.rows))
-            if c.target_kl is not None and log.mean("approx_kl") > c.target_kl: break
-        stats = log.summary() | dict(kl_coef=self.kl_coef, epochs=epoch + 1, tokens_per_second=seen / (time.perf_counter() - began))
-        if c.kl_target is not None: self.kl_coef = adapt_kl_coef(self.kl_coef, stats["ref_kl"], c.kl_target, batch.num_turns, c.kl_horizon)
-        return stats
+            check([batch.logprobs, batch.advantages, batch.returns, batch.values], "before the first step")
+            for epoch in range(c.epochs):
+                steps = self.mini_batches(batch)
+                log.start_epoch()
+                for mini in steps:
+                    losses = (self.loss(micro, mini, batch, reference, len(steps), log) for micro in mini.micro_batches(c.token_budget))
+                    log.steps.append(_step(self.optimizer, losses, c.max_grad_norm, epoch, check))
+                if c.target_kl is not None and log.mean("approx_kl") > c.target_kl: break
+            seen, seconds = (epoch + 1) * sum(map(len, batch.rows)), time.perf_counter() - began
+            stats = log.summary() | dict(kl_coef=self.kl_coef, epochs=epoch + 1, tokens_per_second=seen / seconds)
+            if c.kl_target is not None: self.kl_coef = adapt_kl_coef(self.kl_coef, stats["ref_kl"], c.kl_target, batch.num_turns, c.kl_horizon)
+            return stats
 
     def mini_batches(self,
         batch: Batch, # to cut
     ) -> list[Batch]: # of whole rows, each with about `mini_batch_size` turns
         "A random order of rows, cut into optimiser steps"
-        order = torch.randperm(batch.num_rows, generator=self.generator)
-        turns = torch.bincount(batch.turn_row, minlength=batch.num_rows)[order].cumsum(0)
-        count = max(1, round(batch.num_turns / self.config.mini_batch_size))
-        step = ((turns - 1) * count // batch.num_turns).clamp(max=count - 1)
-        return [batch.select(order[step == k].numpy()) for k in range(count) if (step == k).any()]
+        return _mini_batches(batch, self.config.mini_batch_size, self.generator)
 
     def loss(self,
         micro: Batch,         # rows to run now, selected from `mini`
@@ -265,61 +361,12 @@ class PPO:
         batch: Batch,         # the whole batch
         reference: Reference, # what the frozen reference saw of it
         steps: int,           # optimiser steps in an epoch
-        log: "StatLog",       # takes the sums
+        log: StatLog,         # takes the sums
     ) -> Tensor: # scalar; the sum over all micro-batches of a step is the step's loss
         "Policy loss, value loss, KL and entropy of one micro-batch"
-        c, policy, device = self.config, self.policy, self.policy.device
+        c, micro_on_device = self.config, micro.to(self.policy.device)
         tokens, turns = mini.token_index[micro.token_index], mini.turn_index[micro.turn_index]
-        micro = micro.to(device)
-        ids = pad_rows(micro.rows, policy.pad_id, device)
-        hidden = policy.trunk(ids)
-        score = policy.score_hidden(hidden[micro.token_row, micro.token_position - 1], micro.token_ids, self.temperature)
-        surrogate, clipped = policy_loss(score.logprobs, micro.logprobs, micro.advantages, c.clip_range)
-        with torch.no_grad():
-            ref_log_dist = (policy.reference_logits(reference.token_hidden[tokens]) / self.temperature).log_softmax(-1)
-        full_kl = exact_kl(score.log_dist, ref_log_dist)
-        kl = full_kl if c.kl_loss == "exact" else k2_kl(score.logprobs, ref_log_dist.gather(-1, micro.token_ids[:, None]).squeeze(-1))
-        if policy.critic == "reference": state = reference.turn_hidden[turns]
-        else: state = hidden[micro.turn_row, micro.turn_position]
-        if policy.critic == "detached": state = state.detach()
-        critic = value_loss(policy.value_head(state), micro.values, micro.returns, c.value_clip)
-        log.add(score, surrogate, clipped, full_kl, critic, micro)
-        per_token = surrogate + self.kl_coef * kl - c.entropy_coef * score.entropy
-        return steps * (per_token.sum() / batch.num_tokens + c.vf_coef * critic.sum() / batch.num_turns)
-
-    def _check(self, fine: bool | Tensor, batch: Batch, where: str) -> None:
-        if fine: return
-        path = batch.save(self.failure_dir/f"batch-{int(time.time() * 1000)}.npz")
-        raise NonFiniteLoss(f"a number is NaN or infinite {where}, in {batch!r}, saved as {path}. No weight was changed. "
-                            "Look for a reward that is not finite, or lower ppo.learning_rate")
-
-# %% ../nbs/07_ppo.ipynb #7f99c98c
-class StatLog:
-    "Sums over the micro-batches of an update"
-    def __init__(self,
-        batch: Batch, # whose statistics these are
-    ):
-        self.batch, self.steps, self.epochs, self.gap = batch, [], [], 0.0
-    def start_epoch(self) -> None: self.epochs.append(dict.fromkeys(("policy_loss", "clip_fraction", "approx_kl", "ref_kl", "entropy", "value_loss"), 0.0))
-
-    @torch.no_grad()
-    def add(self, score: Score, surrogate: Tensor, clipped: Tensor, kl: Tensor, critic: Tensor, micro: Batch) -> None:
-        "Take in one micro-batch"
-        log_ratio, epoch = score.logprobs - micro.logprobs, self.epochs[-1]
-        if not self.steps and micro.num_tokens: self.gap = float(np.fmax(self.gap, log_ratio.abs().max().item()))
-        per_token = dict(policy_loss=surrogate, clip_fraction=clipped.float(), approx_kl=log_ratio.exp() - 1 - log_ratio, ref_kl=kl, entropy=score.entropy)
-        for name, value in per_token.items(): epoch[name] += value.sum().item() / self.batch.num_tokens
-        epoch["value_loss"] += critic.sum().item() / self.batch.num_turns
-
-    def mean(self, name: str) -> float:
-        "A statistic of the newest epoch"
-        return self.epochs[-1][name]
-
-    def summary(self) -> dict[str, float]:
-        "All of them: losses and clipping over all epochs, distances and entropy over the newest"
-        returns, values = self.batch.returns, self.batch.values
-        spread = returns.var(unbiased=False).item()
-        over_all = {k: float(np.mean([e[k] for e in self.epochs])) for k in ("policy_loss", "value_loss", "clip_fraction")}
-        return over_all | {k: self.mean(k) for k in ("approx_kl", "ref_kl", "entropy")} | dict(
-            explained_variance=1 - (returns - values).var(unbiased=False).item() / spread if spread > 0 else 0.0,
-            grad_norm=float(np.mean(self.steps)), logprob_gap=self.gap, tokens=float(self.batch.num_tokens))
+        terms = _loss_terms(self.policy, micro_on_device, Reference(reference.token_hidden[tokens], reference.turn_hidden[turns]), c, self.temperature)
+        log.add(terms.score, terms.surrogate, terms.clipped, terms.ref_kl, terms.critic, micro_on_device)
+        per_token = terms.surrogate + self.kl_coef * terms.penalty - c.entropy_coef * terms.score.entropy
+        return steps * (per_token.sum() / batch.num_tokens + c.vf_coef * terms.critic.sum() / batch.num_turns)

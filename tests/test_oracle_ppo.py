@@ -467,16 +467,18 @@ def test_oracle_what_is_not_finite_changes_nothing(kind, fault, played, tmp_path
     assert same(snapshot(ppo), snapshot(other)) and not same(before, snapshot(ppo))
 
 
-def test_oracle_a_reward_that_is_not_a_number_stops_learning(played, tmp_path):
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+@pytest.mark.parametrize("rewards", [(math.nan, 0.0), (math.inf, 0.0), (math.inf, -math.inf)])
+def test_oracle_a_reward_that_is_not_a_finite_number_stops_learning(rewards, played, tmp_path):
     ppo, episodes = learner(), played("lora")
     ppo.failure_dir = tmp_path
-    episodes[2].turns[1].reward = float("nan")
+    episodes[2].turns[1].reward, episodes[3].turns[0].reward = rewards
     before = snapshot(ppo)
     with pytest.raises(NonFiniteLoss, match="before the first step.*saved as .*Look for a reward that is not finite"):
         ppo.learn(episodes)
     assert same(before, snapshot(ppo))
     (path,) = tmp_path.iterdir()
-    assert torch.isnan(Batch.load(path).rewards).tolist() == [math.isnan(t.reward) for e in episodes for t in e.turns]
+    assert Batch.load(path).rewards.isfinite().tolist() == [math.isfinite(t.reward) for e in episodes for t in e.turns]
 
 
 def test_oracle_statistics(played):
