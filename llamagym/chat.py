@@ -198,6 +198,10 @@ def encode_text(
     "Ids of a text, nothing added"
     return tokenizer.encode(text, add_special_tokens=False, split_special_tokens=False, verbose=False)
 
+def _decode_text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    "The text of ids, nothing left out or tidied up"
+    return tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
 def encode_after(
     tokenizer: PreTrainedTokenizerBase,
     text: str,                          # continues a stream; markers in it become their tokens
@@ -257,6 +261,38 @@ def unwrap_markers(
     cut = re.sub(f"{OPEN}({markers.pattern}){CLOSE}", lambda match: match[1][0] + OPEN + match[1][1:], rendered)
     return re.split(f"[{OPEN}{CLOSE}]", cut)
 
+# %% ../nbs/01_chat.ipynb #b0557205
+_NO_MARKER = any_of([])
+
+def _all_sampled(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], markers: dict[int, str], pattern: re.Pattern) -> bool:
+    "Whether each marker in the text of an answer was sampled as an id"
+    return sum(i in markers for i in ids) == len(pattern.findall(_decode_text(tokenizer, ids)))
+
+def _markers_to_wrap(
+    template: Template,
+    markers: Sequence[str], # all markers' texts
+) -> re.Pattern:
+    "The markers to wrap in an answer: all but those which the template looks for there, such as </think>"
+    user, before, after = SENTINELS[0], SENTINELS[1], SENTINELS[3]
+    def verbatim(marker: str) -> bool:
+        try: return before + marker + after in template.render(chat_messages(None, user, before + marker + after, user))
+        except TemplateError: return True
+    return any_of([marker for marker in markers if marker not in template.source or verbatim(marker)])
+
+def _render_wrapped(
+    template: Template,
+    messages: list[dict],          # dicts with `role` and `content`, the last a user's
+    answers: Sequence[re.Pattern], # what to wrap in each of the assistant's
+    markers: re.Pattern,           # matches any marker
+) -> str: # for `unwrap_markers`
+    "A conversation rendered with the markers in its messages wrapped, the system prompt's excepted"
+    for patterns in (answers, [markers] * len(answers)): # a template that refuses an answer with its markers gets them as text
+        wrap = {"system": repeat(_NO_MARKER), "user": repeat(markers), "assistant": iter(patterns)}
+        contents = [wrap_markers(message["content"], next(wrap[message["role"]])) for message in messages]
+        try: return template.render([message | {"content": content} for message, content in zip(messages, contents)])
+        except TemplateError as error: refusal = error
+    raise ValueError(f"the chat template refuses to render the conversation anew ({refusal}); history='append' never asks it to")
+
 # %% ../nbs/01_chat.ipynb #e9072f5b
 def answer_lead(
     template: Template,
@@ -266,6 +302,12 @@ def answer_lead(
     prompt, whole = template.render(chat_messages(None, user)), template.render(chat_messages(None, user, answer, other_user))
     return whole[len(prompt):whole.index(answer)] if whole.startswith(prompt) else ""
 
+def _final_text(template: Template) -> str:
+    "What a template writes behind an answer that ends the conversation"
+    try: return template.render(chat_messages(None, *SENTINELS[:2]), generation_prompt=False).split(SENTINELS[1])[-1]
+    except TemplateError: return "" # it may insist on a user's message at the end
+
+# %% ../nbs/01_chat.ipynb #c4ea249a
 def find_ends(
     between: Sequence[int],      # ids a later slot begins with, up to its observation
     final: Sequence[int],        # ids the template writes behind an answer that ends the conversation
@@ -281,20 +323,28 @@ def find_ends(
         ends[eos] = between.index(eos) + 1 if eos in between[:closing] else 0
     return ends
 
-# %% ../nbs/01_chat.ipynb #9bf0aa19
-class ChatFormat:
-    "What a chat template puts around turns, as ids"
-    stop_ids: frozenset[int] # ids that end a response: the template's own end of turn, and the tokenizer's end of sequence
+def _response_ids(
+    tokenizer: PreTrainedTokenizerBase,
+    text: str,              # what an assistant said
+    lead: str,              # from `answer_lead`
+    between: Sequence[int], # ids a later slot begins with, up to its observation
+    ends: dict[int, int],   # from `find_ends`; the first is the template's own
+    markers: re.Pattern,    # matches any marker
+) -> tuple[int, ...]:
+    "An answer's ids as if it had been sampled: the lead, the text with its markers cut, and the end where there is one"
+    pieces = cut_markers(text, markers)
+    ids = encode_pieces(tokenizer, [lead + pieces[0], *pieces[1:]], begin=False)
+    for end in list(ends)[:1]: ids += [*between[:max(0, ends[end] - 1)], end]
+    return tuple(ids)
 
-    def __init__(self,
-        tokenizer: PreTrainedTokenizerBase, # its chat template is asked; `PLAIN_TEMPLATE` where it has none
-    ):
+# %% ../nbs/01_chat.ipynb #98579685
+class _TemplateFacts:
+    "What a tokenizer's chat template writes, and what ends a response"
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
         if not isinstance(tokenizer, PreTrainedTokenizerBase):
             raise TypeError(f"expected a transformers tokenizer, got {type(tokenizer).__name__}; of a processor, pass its .tokenizer")
         self.tokenizer, self.template = tokenizer, Template(tokenizer)
-        self.slot = later_slot(self.template)
-        try: final = self.template.render(chat_messages(None, *SENTINELS[:2]), generation_prompt=False).split(SENTINELS[1])[-1]
-        except TemplateError: final = "" # a template may insist on a user's message at the end
+        self.slot, final = later_slot(self.template), _final_text(self.template)
         written = first_slot(self.template, None).before + self.slot.before + self.slot.after + final
         self.markers = marker_ids(tokenizer, self.template.source + written)
         self.pattern = any_of(self.markers.values())
@@ -302,29 +352,37 @@ class ChatFormat:
         self.ends = find_ends(self.between, encode_after(tokenizer, final), self.markers, tokenizer.eos_token_id)
         if not self.ends:
             warnings.warn("no token ends a response: the tokenizer has no eos_token and its template closes turns with ordinary text, so "
-                          "every response will run to its limit. Set tokenizer.eos_token.", stacklevel=2)
+                          "every response will run to its limit. Set tokenizer.eos_token.", stacklevel=3)
         self.stop_ids, self.lead = frozenset(self.ends), answer_lead(self.template)
         adds_bos = tokenizer.bos_token_id is not None and tokenizer.encode("a")[:1] == [tokenizer.bos_token_id]
         self.bos = [tokenizer.bos_token_id] if adds_bos else []
-        self._slots = lru_cache(64)(lambda system: first_slot(self.template, system))
-        self._first = lru_cache(1024)(lambda system, text: tuple(self.begin(self._fill(self._slots(system), text, True))))
-        self._later = lru_cache(1024)(lambda text: tuple(self._fill(self.slot, text, False)))
-        self._response = lru_cache(1024)(self._encode_response)
-
-    def _fill(self, slot: Slot, text: str, begin: bool) -> list[int]:
-        return fill_slot(self.tokenizer, slot, text, self.markers, begin)
-
-    def _encode_response(self, text: str) -> tuple[int, ...]:
-        pieces = cut_markers(text, self.pattern)
-        ids = encode_pieces(self.tokenizer, [self.lead + pieces[0], *pieces[1:]], begin=False)
-        for end in list(self.ends)[:1]: ids += [*self.between[:max(0, self.ends[end] - 1)], end] # the template's own comes first
-        return tuple(ids)
 
     def begin(self,
         ids: list[int], # of a stream, from its start
     ) -> list[int]:
         "`ids` with the beginning-of-sequence id that the tokenizer, but not the template, puts in front"
         return self.bos + ids if ids[:len(self.bos)] != self.bos else ids
+
+    @cached_property
+    def _spelled(self) -> re.Pattern:
+        "The markers to wrap in an answer that spells one out"
+        return _markers_to_wrap(self.template, list(self.markers.values()))
+
+    def __reduce__(self): return type(self), (self.tokenizer,)
+
+# %% ../nbs/01_chat.ipynb #9bf0aa19
+class ChatFormat(_TemplateFacts):
+    "What a chat template puts around turns, as ids"
+    stop_ids: frozenset[int] # ids that end a response: the template's own end of turn, and the tokenizer's end of sequence
+
+    def __init__(self,
+        tokenizer: PreTrainedTokenizerBase, # its chat template is asked; `PLAIN_TEMPLATE` where it has none
+    ):
+        super().__init__(tokenizer)
+        self._slots = lru_cache(64)(lambda system: first_slot(self.template, system))
+        self._first = lru_cache(1024)(lambda system, text: tuple(self.begin(fill_slot(tokenizer, self._slots(system), text, self.markers, True))))
+        self._later = lru_cache(1024)(lambda text: tuple(fill_slot(tokenizer, self.slot, text, self.markers, False)))
+        self._response = lru_cache(1024)(lambda text: _response_ids(tokenizer, text, self.lead, self.between, self.ends, self.pattern))
 
     def first(self,
         system: str | None, # system prompt, where there is one
@@ -350,47 +408,30 @@ class ChatFormat:
         ids: Sequence[int], # sampled ids, without the stop id
     ) -> str:
         "A response as text, without the template's lead; special tokens in its midst show"
-        return self._decode(ids).removeprefix(self.lead)
-
-    def _decode(self, ids: Sequence[int]) -> str:
-        return self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return _decode_text(self.tokenizer, ids).removeprefix(self.lead)
 
     def rendered(self,
         messages: list[dict],              # the conversation, its last message a user's
         sampled: Sequence[Sequence[int]],  # the ids of its answers, without stop ids
     ) -> list[int]:
         "Ids of a conversation rendered anew: markers sampled as ids stay ids, other markers in messages stay text"
-        def all_sampled(ids): return sum(i in self.markers for i in ids) == len(self.pattern.findall(self._decode(ids)))
-        nothing = any_of([])
-        said = [nothing if all_sampled(ids) else self._spelled for ids in sampled]
-        for answers in (said, [self.pattern] * len(said)): # a template that refuses an answer with its markers gets them as text
-            wrap = {"system": repeat(nothing), "user": repeat(self.pattern), "assistant": iter(answers)}
-            contents = [wrap_markers(message["content"], next(wrap[message["role"]])) for message in messages]
-            try: text = self.template.render([message | {"content": content} for message, content in zip(messages, contents)])
-            except TemplateError as error: refusal = error
-            else: return self.begin(encode_pieces(self.tokenizer, unwrap_markers(text, self.pattern), begin=True))
-        raise ValueError(f"the chat template refuses to render the conversation anew ({refusal}); history='append' never asks it to")
-
-    @cached_property
-    def _spelled(self) -> re.Pattern:
-        "The markers to wrap in an answer: all but those which the template looks for there, such as </think>"
-        user, before, after = SENTINELS[0], SENTINELS[1], SENTINELS[3]
-        def verbatim(marker: str) -> bool:
-            try: return before + marker + after in self.template.render(chat_messages(None, user, before + marker + after, user))
-            except TemplateError: return True
-        return any_of([marker for marker in self.markers.values() if marker not in self.template.source or verbatim(marker)])
+        answers = [_NO_MARKER if _all_sampled(self.tokenizer, ids, self.markers, self.pattern) else self._spelled for ids in sampled]
+        pieces = unwrap_markers(_render_wrapped(self.template, messages, answers, self.pattern), self.pattern)
+        return self.begin(encode_pieces(self.tokenizer, pieces, begin=True))
 
     @staticmethod
     def of(
         tokenizer: "PreTrainedTokenizerBase | ChatFormat", # whose format to look up or make
     ) -> "ChatFormat":
         "The format of a tokenizer: the same object as long as its template and vocabulary stay as they are"
-        if isinstance(tokenizer, ChatFormat): return tokenizer
-        if not isinstance(tokenizer, PreTrainedTokenizerBase): return ChatFormat(tokenizer) # which says what is wrong
-        template = tokenizer.chat_template and tokenizer.get_chat_template()
-        return _format_of(tokenizer, template, len(tokenizer), tokenizer.bos_token_id, tokenizer.eos_token_id)
+        return tokenizer if isinstance(tokenizer, ChatFormat) else _look_up(tokenizer)
 
-    def __reduce__(self): return ChatFormat, (self.tokenizer,)
+# %% ../nbs/01_chat.ipynb #404880b8
+def _look_up(tokenizer: PreTrainedTokenizerBase) -> ChatFormat:
+    "The format of a tokenizer as it is now"
+    if not isinstance(tokenizer, PreTrainedTokenizerBase): return ChatFormat(tokenizer) # which says what is wrong
+    template = tokenizer.chat_template and tokenizer.get_chat_template()
+    return _format_of(tokenizer, template, len(tokenizer), tokenizer.bos_token_id, tokenizer.eos_token_id)
 
 @lru_cache(maxsize=8)
 def _format_of(tokenizer: PreTrainedTokenizerBase, *version) -> ChatFormat: return ChatFormat(tokenizer)
@@ -410,6 +451,23 @@ class Exchange:
     def said(self) -> tuple[int, ...]: # the sampled ids without the stop id
         return self.ids[:-1] if self.stopped else self.ids
 
+def _appended(format: ChatFormat, system: str | None, exchanges: Sequence[Exchange], text: str) -> list[int]:
+    "A prompt for `text` put together: the answers as they were sampled, and what the template writes around them"
+    first, *others = *(exchange.text for exchange in exchanges), text
+    ids = list(format.first(system, first))
+    for exchange, following in zip(exchanges, others): ids += exchange.ids + format.later(following, exchange.end)
+    return ids
+
+def _messages(format: ChatFormat, system: str | None, exchanges: Sequence[Exchange], *pending: str) -> list[dict]:
+    "A conversation as chat templates take it; `pending` is an observation that has no answer yet"
+    texts = [part for exchange in exchanges for part in (exchange.text, format.text(exchange.said))]
+    return chat_messages(system, *texts, *pending)
+
+def _rendered(format: ChatFormat, system: str | None, exchanges: Sequence[Exchange], text: str) -> list[int]:
+    "A prompt for `text` rendered anew"
+    return format.rendered(_messages(format, system, exchanges, text), [exchange.said for exchange in exchanges])
+
+# %% ../nbs/01_chat.ipynb #91a79847
 def oldest_that_fits(
     length: Callable[[int], int], # tokens of a prompt that shows the exchanges from this one on; falls with it
     oldest: int,                  # the first exchange there is
@@ -422,6 +480,58 @@ def oldest_that_fits(
         if length(middle) <= goal: newest = middle
         else: oldest = middle + 1
     return newest
+
+def _overflow(format: ChatFormat, text: str, alone: int, max_length: int, max_new_tokens: int) -> ContextOverflow:
+    "The error for an observation that makes a prompt of `alone` tokens without any past"
+    return ContextOverflow(
+        f"an observation of {len(encode_text(format.tokenizer, text))} tokens makes a prompt of {alone}, but max_length="
+        f"{max_length} with max_new_tokens={max_new_tokens} leaves room for {max_length - max_new_tokens}: {text[:80]!r}. Shorten the "
+        "observation or the system prompt, or raise max_length to what the model supports.")
+
+# %% ../nbs/01_chat.ipynb #bc9ec7a7
+def _check_settings(system_prompt: str | None, history: str, context: str | Window, max_length: int | None, max_new_tokens: int) -> None:
+    "The settings of a `Conversation`"
+    if history not in ("append", "template"): raise ValueError(f"history={history!r}: expected 'append' or 'template'")
+    if context != "full" and not isinstance(context, Window):
+        raise ValueError(f"context={context!r}: expected 'full' or a window such as llamagym.chat.window(4)")
+    if system_prompt is not None and not isinstance(system_prompt, str):
+        raise TypeError(f"system_prompt: expected a text or None, got {type(system_prompt).__name__}")
+    if max_new_tokens < 0: raise ValueError(f"max_new_tokens={max_new_tokens}: expected 0 or more")
+    if max_length is not None and max_length <= max_new_tokens:
+        raise ValueError(f"max_length={max_length} leaves no room for a prompt beside max_new_tokens={max_new_tokens}; "
+                         "expected the model's context length, and fewer new tokens than that")
+
+def _check_observation(text: str, pending: str | None) -> None:
+    "An observation, while `pending` is the one that has no response yet"
+    if not isinstance(text, str):
+        raise TypeError(f"add_user: expected the observation as text, got {type(text).__name__}; describe it in words first")
+    if pending is not None:
+        raise ValueError(f"add_user({text[:40]!r}): the turn before, {pending[:40]!r}, has no response yet; "
+                         "call add_response first, or fork() before asking")
+
+def _checked_ids(ids: Sequence[int], stopped: bool, stop_ids: frozenset[int]) -> tuple[int, ...]:
+    "Sampled ids, as Python's integers"
+    if isinstance(ids, str): raise TypeError("add_response: expected sampled token ids, got text; encoding it again would change the ids")
+    ids = tuple(index(i) for i in ids)
+    if stopped != (bool(ids) and ids[-1] in stop_ids):
+        raise ValueError(f"add_response: stopped={stopped}, but the last id is {ids[-1] if ids else 'missing'}; expected one of the stop "
+                         f"ids {sorted(stop_ids)} where the model stopped, and another where it was cut at its limit")
+    return ids
+
+# %% ../nbs/01_chat.ipynb #9b2b8455
+def _append_turn(
+    segments: list[Segment], # its last row grows, or it gets a row more
+    prompt: list[int],       # ids
+    response: Sequence[int], # the ids that were sampled for it
+    continues: bool,         # whether the last row may go on: not in a window, nor after a cut
+) -> Span: # of the response
+    "Write a prompt and its response to the rows"
+    goes_on = segments and continues and prompt[:len(segments[-1].ids)] == segments[-1].ids
+    if not goes_on: segments.append(Segment())
+    row = segments[-1]
+    row.mask += [0] * (len(prompt) - len(row.ids)) + [1] * len(response)
+    row.ids += prompt[len(row.ids):] + list(response)
+    return Span(len(segments) - 1, len(prompt), len(row.ids))
 
 def markdown_rows(
     segments: Sequence[Segment],
@@ -436,8 +546,49 @@ def markdown_rows(
     return "\n".join(["| segment | | tokens | text |", "|---|---|---|---|",
                       *(f"| {n} | {kind} | {len(ids)} | <code>{text}</code> |" for (n, kind, ids), text in zip(runs, texts))])
 
+# %% ../nbs/01_chat.ipynb #546e30f5
+class _Past:
+    "Exchanges and their rows, and the prompt that follows them"
+    def __init__(self, format: ChatFormat, system_prompt: str | None, history: str, context: str | Window, max_length: int | None, max_new_tokens: int):
+        self.format, self.system_prompt, self.history, self.context = format, system_prompt, history, context
+        self.max_length, self.max_new_tokens = max_length, max_new_tokens
+        self.segments: list[Segment] = []
+        self._exchanges: list[Exchange] = []
+        self._oldest = 0 # the first exchange that the current segment shows
+        self._pending: tuple[str, list[int], int] | None = None # observation, its whole prompt, the oldest exchange in it
+
+    def _prompt(self, text: str, oldest: int) -> list[int]:
+        "The prompt for `text` that shows the exchanges from `oldest` on"
+        exchanges = self._exchanges[oldest:]
+        if self.history == "append" and self.context == "full" and exchanges and oldest == self._oldest: # only what is new is encoded
+            return self.segments[-1].ids + list(self.format.later(text, exchanges[-1].end))
+        prompt_of = _rendered if self.history == "template" else _appended
+        return prompt_of(self.format, self.system_prompt, exchanges, text)
+
+    def _fit(self, text: str) -> tuple[list[int], int]:
+        "The prompt for `text`, cut at a turn boundary where the context is too small, and the oldest exchange in it"
+        full, answered = self.context == "full", len(self._exchanges)
+        oldest = self._oldest if full else max(0, answered + 1 - self.context.turns)
+        prompt = self._prompt(text, oldest)
+        if self.max_length is None or len(prompt) <= self.max_length - self.max_new_tokens: return prompt, oldest
+        room, alone = self.max_length - self.max_new_tokens, len(self._prompt(text, answered))
+        if alone > room: raise _overflow(self.format, text, alone, self.max_length, self.max_new_tokens)
+        goal = min(room, self.max_length // 2) if full else room
+        oldest = oldest_that_fits(lambda first: len(self._prompt(text, first)), oldest, answered, goal)
+        return self._prompt(text, oldest), oldest
+
+    def _take(self, text: str, prompt: list[int], oldest: int, ids: tuple[int, ...], stopped: bool) -> Span:
+        "The answer to a prompt becomes part of the past"
+        span = _append_turn(self.segments, prompt, ids, continues=self.context == "full" and oldest == self._oldest)
+        self._exchanges.append(Exchange(text, ids, bool(stopped)))
+        self._oldest = oldest
+        return span
+
+    def _repr_markdown_(self) -> str:
+        return markdown_rows(self.segments, self._pending[1] if self._pending else (), self.format.tokenizer.decode)
+
 # %% ../nbs/01_chat.ipynb #8386eebe
-class Conversation:
+class Conversation(_Past):
     "A chat as rows of token ids that only grow: what was sampled stays as it was sampled"
     segments: list[Segment] # rows; only those that hold a response
 
@@ -449,66 +600,19 @@ class Conversation:
         max_length: int | None = None,                   # tokens of a prompt and its response together; None: no limit
         max_new_tokens: int = 0,                         # tokens a response may take
     ):
-        if history not in ("append", "template"): raise ValueError(f"history={history!r}: expected 'append' or 'template'")
-        if context != "full" and not isinstance(context, Window):
-            raise ValueError(f"context={context!r}: expected 'full' or a window such as llamagym.chat.window(4)")
-        if system_prompt is not None and not isinstance(system_prompt, str):
-            raise TypeError(f"system_prompt: expected a text or None, got {type(system_prompt).__name__}")
-        if max_new_tokens < 0: raise ValueError(f"max_new_tokens={max_new_tokens}: expected 0 or more")
-        if max_length is not None and max_length <= max_new_tokens:
-            raise ValueError(f"max_length={max_length} leaves no room for a prompt beside max_new_tokens={max_new_tokens}; "
-                             "expected the model's context length, and fewer new tokens than that")
-        self.format = ChatFormat.of(tokenizer)
-        self.system_prompt, self.history, self.context = system_prompt, history, context
-        self.max_length, self.max_new_tokens = max_length, max_new_tokens
-        self.segments = []
-        self._exchanges: list[Exchange] = []
-        self._oldest = 0                                  # the first exchange that the current segment shows
-        self._pending: tuple[str, list[int], int] | None = None # observation, its whole prompt, the oldest exchange in it
+        _check_settings(system_prompt, history, context, max_length, max_new_tokens)
+        super().__init__(ChatFormat.of(tokenizer), system_prompt, history, context, max_length, max_new_tokens)
 
     @property
     def stop_ids(self) -> frozenset[int]:
         "Ids that end a response"
         return self.format.stop_ids
 
-    def _prompt(self, text: str, oldest: int) -> list[int]:
-        "The prompt for `text` that shows the exchanges from `oldest` on"
-        exchanges = self._exchanges[oldest:]
-        if self.history == "template":
-            return self.format.rendered(self._messages(exchanges, text), [exchange.said for exchange in exchanges])
-        if self.context == "full" and exchanges and oldest == self._oldest: # only what is new is encoded
-            return self.segments[-1].ids + list(self.format.later(text, exchanges[-1].end))
-        texts, ids = [*(exchange.text for exchange in exchanges[1:]), text], []
-        ids += self.format.first(self.system_prompt, exchanges[0].text if exchanges else text)
-        for exchange, following in zip(exchanges, texts): ids += exchange.ids + self.format.later(following, exchange.end)
-        return ids
-
-    def _fit(self, text: str) -> tuple[list[int], int]:
-        "The prompt for `text`, cut at a turn boundary where the context is too small, and the oldest exchange in it"
-        full, answered = self.context == "full", len(self._exchanges)
-        oldest = self._oldest if full else max(0, answered + 1 - self.context.turns)
-        prompt = self._prompt(text, oldest)
-        if self.max_length is None or len(prompt) <= self.max_length - self.max_new_tokens: return prompt, oldest
-        room = self.max_length - self.max_new_tokens
-        alone = len(self._prompt(text, answered))
-        if alone > room:
-            raise ContextOverflow(
-                f"an observation of {len(encode_text(self.format.tokenizer, text))} tokens makes a prompt of {alone}, but max_length="
-                f"{self.max_length} with max_new_tokens={self.max_new_tokens} leaves room for {room}: {text[:80]!r}. Shorten the "
-                "observation or the system prompt, or raise max_length to what the model supports.")
-        goal = min(room, self.max_length // 2) if full else room
-        oldest = oldest_that_fits(lambda first: len(self._prompt(text, first)), oldest, answered, goal)
-        return self._prompt(text, oldest), oldest
-
     def add_user(self,
         text: str, # the observation; untrusted: markers in it are text
     ) -> list[int]: # token ids of the whole prompt, generation prompt included; a copy
         "The prompt of the next turn. Raises `ContextOverflow`, and changes nothing, where it can't fit"
-        if not isinstance(text, str):
-            raise TypeError(f"add_user: expected the observation as text, got {type(text).__name__}; describe it in words first")
-        if self._pending is not None:
-            raise ValueError(f"add_user({text[:40]!r}): the turn before, {self._pending[0][:40]!r}, has no response yet; "
-                             "call add_response first, or fork() before asking")
+        _check_observation(text, None if self._pending is None else self._pending[0])
         prompt, oldest = self._fit(text)
         self._pending = text, prompt, oldest
         return list(prompt)
@@ -523,30 +627,14 @@ class Conversation:
     ) -> Span:
         "Take the sampled ids of the pending turn into the rows"
         if self._pending is None: raise ValueError("add_response: there is no prompt to respond to; call add_user first")
-        if isinstance(ids, str): raise TypeError("add_response: expected sampled token ids, got text; encoding it again would change the ids")
-        ids = tuple(index(i) for i in ids)
-        if stopped != (bool(ids) and ids[-1] in self.stop_ids):
-            raise ValueError(f"add_response: stopped={stopped}, but the last id is {ids[-1] if ids else 'missing'}; expected one of the stop "
-                             f"ids {sorted(self.stop_ids)} where the model stopped, and another where it was cut at its limit")
-        text, prompt, oldest = self._pending
-        goes_on = (self.segments and self.context == "full" and oldest == self._oldest
-                   and prompt[:len(self.segments[-1].ids)] == self.segments[-1].ids)
-        if not goes_on: self.segments.append(Segment())
-        row = self.segments[-1]
-        row.mask += [0] * (len(prompt) - len(row.ids)) + [1] * len(ids)
-        row.ids += prompt[len(row.ids):] + list(ids)
-        self._exchanges.append(Exchange(text, ids, bool(stopped)))
-        self._oldest, self._pending = oldest, None
-        return Span(len(self.segments) - 1, len(prompt), len(row.ids))
-
-    def _messages(self, exchanges: Sequence[Exchange], text: str | None) -> list[dict]:
-        texts = [part for exchange in exchanges for part in (exchange.text, self.format.text(exchange.said))]
-        return chat_messages(self.system_prompt, *texts, *([] if text is None else [text]))
+        span = self._take(*self._pending, _checked_ids(ids, stopped, self.stop_ids), stopped)
+        self._pending = None
+        return span
 
     @property
     def messages(self) -> list[dict]: # dicts with `role` and `content`
         "The whole conversation as text, a pending observation included; stop ids are left out"
-        return self._messages(self._exchanges, None if self._pending is None else self._pending[0])
+        return _messages(self.format, self.system_prompt, self._exchanges, *(self._pending or ())[:1])
 
     def fork(self) -> "Conversation":
         "An independent continuation from here; rows that can't grow any more are shared"
@@ -554,6 +642,3 @@ class Conversation:
         other.segments = self.segments[:-1] + [Segment(list(row.ids), list(row.mask)) for row in self.segments[-1:]]
         other._exchanges = list(self._exchanges)
         return other
-
-    def _repr_markdown_(self) -> str:
-        return markdown_rows(self.segments, self._pending[1] if self._pending else (), self.format.tokenizer.decode)

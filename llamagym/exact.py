@@ -17,7 +17,8 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from .agent import TaskAgent, response_text
-from .task import Task, basic_strategy, get_task, tabular_model
+from .env import tabular_model
+from .task import Task, basic_strategy, get_task
 
 # %% ../nbs/13_exact.ipynb #41a4db02
 CARDS = {card: 4 / 13 if card == 10 else 1 / 13 for card in range(1, 11)}  # probability of each card

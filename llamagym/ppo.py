@@ -19,7 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .buffer import Batch, Episode, pack
+from .batch import Batch, pack
+from .buffer import Episode
 from .config import CreditConfig, PPOConfig
 from .credit import assign, normalize_advantages
 from .policy import Policy, Score

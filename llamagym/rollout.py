@@ -21,7 +21,8 @@ import numpy as np
 from .agent import Agent, Dialogue, TaskAgent, warn_all_invalid
 from .buffer import Episode, EpisodeBuffer
 from .engine import Engine
-from .task import Task, TextEnv, episode_seed
+from .env import episode_seed
+from .task import Task, TextEnv
 
 # %% ../nbs/10_rollout.ipynb #80110d09
 @dataclass

@@ -19,8 +19,8 @@ from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
 from .agent import Agent
+from .base import atomic_folder, recover_folder
 from .config import TrainerConfig
-from .policy import atomic_folder, recover_folder
 from .ppo import PPO
 from .rollout import Evaluation, Rollout, collect, evaluate
 

@@ -143,7 +143,7 @@ def test_bad_input_frozen_adapters_are_trained_and_frozen_models_refused(policy,
     ("prompts", "streams", "kind", "message"),
     [
         ([[1], [2]], 1, ValueError, "2 prompts but 1 random streams; each prompt needs its own"),
-        ([[1], []], 2, ValueError, r"prompts \[1\] are empty; a prompt needs at least one id"),
+        ([[1], []], 2, ValueError, "prompt 1 is empty; a prompt needs at least one id"),
         ([[1, 10**6]], 1, ValueError, "1000000"),
         ([[-1]], 1, ValueError, "-1"),
         (["text"], 1, TypeError, "str.*ids"),

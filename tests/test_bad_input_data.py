@@ -7,7 +7,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from llamagym.buffer import Batch, Episode, EpisodeBuffer, Turn, pack
+from llamagym.batch import Batch, pack
+from llamagym.buffer import Episode, EpisodeBuffer, Turn
 from llamagym.chat import Segment
 from llamagym.config import Config, ContextConfig, GenerateConfig, LoRAConfig, ModelConfig, PPOConfig, RolloutConfig, TrainerConfig
 from llamagym.credit import assign, normalize_advantages, return_to_go, turn_gae
@@ -243,6 +244,7 @@ def test_config_of_wrong_values(values, kind, message):
         (lambda: PPOConfig.from_2024({"cliprang": 0.1}), "unknown name 'ppo.cliprang'; did you mean 'ppo.clip_range'?"),
         (lambda: GenerateConfig.from_2024({"generate/temprature": 1}), "unknown name 'generate.temprature'; did you mean 'generate.temperature'?"),
         (lambda: PPOConfig.from_2024({"ppo_epochs": 0}), "ppo.epochs=0: expected >= 1"),
+        (lambda: PPOConfig(learning_rate=10**400), "ppo.learning_rate=1000*: expected > 0"),
     ],
 )
 def test_sections_check_themselves(call, message):
@@ -252,6 +254,8 @@ def test_sections_check_themselves(call, message):
 
 def test_assignments_are_checked():
     config = Config()
+    with pytest.raises(TypeError, match="Config.replace got list: expected a mapping of names to values"):
+        config.replace([1])
     with pytest.raises(ValueError, match="ppo.epochs=0: expected >= 1"):
         config.ppo.epochs = 0
     with pytest.raises(AttributeError, match="unknown name 'ppo.epoch'; did you mean 'ppo.epochs'"):
@@ -279,6 +283,9 @@ def test_config_files_that_are_none(tmp_path):
         (tmp_path / name).write_text(text)
         with pytest.raises((ValueError, TypeError), match=message.replace("?", r"\?")):
             Config.load(tmp_path / name)
+    (tmp_path / "d.toml").write_bytes('[model]\nname = "läufe"'.encode("latin-1"))
+    with pytest.raises(ValueError, match="d.toml: 'utf-8' codec can't decode"):
+        Config.load(tmp_path / "d.toml")
     with pytest.raises(ValueError, match="expected .toml or .json"):
         Config().save(tmp_path / "a.txt")
     with pytest.raises(FileNotFoundError):

@@ -4,10 +4,13 @@ import numpy as np
 import pytest
 from gymnasium import spaces
 
+from llamagym.actions import DiscreteActions, SpaceDescriber, actions_for, space_text, stated
+from llamagym.check import check_env
+from llamagym.env import OldGymEnv
 from llamagym.exact import blackjack_return, by_state, optimal_value
 from llamagym.task import (
-    BLACKJACK_ACTIONS, DiscreteActions, OldGymEnv, RandomAgent, ScriptedAgent, SpaceDescriber, Task, TextEnv, actions_for, blackjack, check_env,
-    for_env, frozen_lake, get_task, masked_actions, optimal_policy, play, retry, space_text, stated)
+    BLACKJACK_ACTIONS, RandomAgent, ScriptedAgent, Task, TextEnv, blackjack, for_env, frozen_lake, get_task, masked_actions, optimal_policy,
+    play, retry)
 
 
 def make_task(**changes) -> Task:

@@ -12,7 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
-from llamagym.buffer import Batch, Episode, EpisodeBuffer, Turn, pack
+from llamagym.batch import Batch, pack
+from llamagym.buffer import Episode, EpisodeBuffer, Turn
 from llamagym.chat import Segment
 
 fast = settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))

@@ -14,7 +14,7 @@ import torch
 from doubles import KINDS, Walk, tokenizer_of, users_model
 
 from llamagym.agent import Agent
-from llamagym.buffer import Batch
+from llamagym.batch import Batch
 from llamagym.config import Config
 from llamagym.rollout import collect
 from llamagym.tiny import tiny_model, tiny_tokenizer

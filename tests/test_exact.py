@@ -5,10 +5,11 @@ import gymnasium as gym
 import numpy as np
 import pytest
 
+from llamagym.env import tabular_model
 from llamagym.exact import (
     CARDS, after_hit, blackjack_return, blackjack_tree, by_state, dealer_outcomes, first_observations, hand_total, optimal_value, plot_policy,
     random_value, stick_return)
-from llamagym.task import blackjack, basic_strategy, cliff_walking, frozen_lake, get_task, optimal_policy, tabular_model, taxi
+from llamagym.task import blackjack, basic_strategy, cliff_walking, frozen_lake, get_task, optimal_policy, taxi
 
 RULES = {"plain": {}, "sab": dict(sab=True), "natural": dict(natural=True), "both": dict(sab=True, natural=True)}
 KNOWN = {"always stick": lambda obs: 0, "hit below 17": lambda obs: int(obs[0] < 17), "optimal": basic_strategy}

@@ -10,7 +10,7 @@ import torch
 from doubles import lake_agent, make_policy, shake
 
 import llamagym.ppo as ppo_module
-from llamagym.buffer import Batch
+from llamagym.batch import Batch
 from llamagym.config import CreditConfig, PPOConfig
 from llamagym.credit import assign, normalize_advantages
 from llamagym.ppo import PPO, NonFiniteLoss, adapt_kl_coef, annotate, exact_kl, k2_kl, policy_loss, value_loss

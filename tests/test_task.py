@@ -9,12 +9,13 @@ from gymnasium import spaces
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llamagym.actions import DiscreteActions, SpaceDescriber, actions_for, enumerate_actions, space_text, stated
 from llamagym.chat import window
+from llamagym.check import check_env
+from llamagym.env import OldGymEnv, episode_seed, tabular_model
 from llamagym.task import (
-    BLACKJACK_ACTIONS, LAKE_ACTIONS, TASKS, TAXI_ACTIONS, DiscreteActions, OldGymEnv, RandomAgent, Retry, ScriptedAgent, SpaceDescriber,
-    Task, TextEnv, actions_for, basic_strategy, blackjack, check_env, cliff_walking, describe_blackjack, describe_taxi, enumerate_actions,
-    episode_seed,
-    for_env, frozen_lake, get_task, masked_actions, optimal_policy, play, retry, space_text, stated, tabular_model, taxi)
+    BLACKJACK_ACTIONS, LAKE_ACTIONS, TASKS, TAXI_ACTIONS, RandomAgent, Retry, ScriptedAgent, Task, TextEnv, basic_strategy, blackjack,
+    cliff_walking, describe_blackjack, describe_taxi, for_env, frozen_lake, get_task, masked_actions, optimal_policy, play, retry, taxi)
 
 READY = {"blackjack": blackjack, "lake": frozen_lake, "dry lake": functools.partial(frozen_lake, False),
          "big lake": functools.partial(frozen_lake, map_name="8x8"), "cliff": cliff_walking, "taxi": taxi}

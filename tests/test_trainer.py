@@ -14,7 +14,7 @@ from doubles import lake_agent, make_policy, walk_task
 
 import llamagym.ppo as ppo_module
 import llamagym.trainer as trainer_module
-from llamagym.buffer import Batch
+from llamagym.batch import Batch
 from llamagym.config import Config, LoRAConfig, TrainerConfig
 from llamagym.policy import Policy
 from llamagym.ppo import NonFiniteLoss
