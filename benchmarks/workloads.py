@@ -3,7 +3,7 @@
 import functools
 import os
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -14,6 +14,8 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerBase
 
 from llamagym.agent import Agent
+from llamagym.buffer import Episode
+from llamagym.chat import ChatFormat, Conversation
 from llamagym.config import Config, LoRAConfig
 from llamagym.policy import Policy, add_lora
 from llamagym.task import Task, blackjack
@@ -72,8 +74,10 @@ def task_of(name: str, turns: int = 20) -> Task:
         task = blackjack()
         task.parse = any_reply
         return task
+
     def describe(obs, info):
         return f"Turn {obs[0]} of {turns}. You stand at position {obs[1]} of the cliff and see the wall, the lake and the goal. Left or right?"
+
     return Task(functools.partial(Corridor, turns), describe, any_reply, lambda a: f"Action: {a}", name="corridor",
                 system_prompt="Walk to the goal without going over the cliff. Each turn you see where you stand; "
                               "each step has a cost. Reply Action: 0 or Action: 1.")  # fmt: skip
@@ -87,37 +91,62 @@ def agent_of(size: str, task: Task, **options) -> Agent:
 
 @dataclass
 class Naive:
-    """The loop of 2024: one environment at a time, the whole conversation read again at each turn, by `generate`"""
+    """The loop of 2024: one environment at a time, the whole conversation read again at each turn, by `generate`
+
+    It is given the ids of the conversation as they are: the text of a random model, encoded anew, would be twice as long.
+    """
 
     model: PeftModel
     tokenizer: PreTrainedTokenizerBase
     task: Task
-    env: gym.Env = field(init=False)
 
     def __post_init__(self):
-        self.env = self.task.make()
-
-    def prompt(self, messages: list[dict]) -> torch.Tensor:
-        return self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True).input_ids
+        self.env, self.format = self.task.make(), ChatFormat.of(self.tokenizer)
 
     @torch.no_grad()
-    def respond(self, messages: list[dict]) -> str:
-        ids = self.prompt(messages)
-        out = self.model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW_TOKENS, do_sample=True, temperature=0.9,
-                                  top_p=0.6, top_k=0, pad_token_id=self.tokenizer.pad_token_id)  # fmt: skip
-        return self.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True).strip()
+    def respond(self, prompts: list[list[int]]) -> list[list[int]]:
+        """Responses to prompts, padded on the left where there are several"""
+        width = max(map(len, prompts))
+        ids = torch.tensor([[self.tokenizer.pad_token_id] * (width - len(p)) + p for p in prompts])
+        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
+        out = self.model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=NEW_TOKENS, do_sample=True, temperature=0.9, top_p=0.6, top_k=0,
+                                  eos_token_id=self.tokenizer.eos_token_id, pad_token_id=self.tokenizer.pad_token_id)  # fmt: skip
+        responses = []
+        for row in out[:, width:].tolist():
+            end = row.index(self.tokenizer.eos_token_id) + 1 if self.tokenizer.eos_token_id in row else len(row)
+            responses.append(row[:end])
+        return responses
 
-    def episode(self, seed: int) -> tuple[list[dict], list[float]]:
-        """The messages of an episode, and the reward of each turn"""
-        obs, info = self.env.reset(seed=seed)
-        messages, rewards, done = [dict(role="system", content=self.task.system_prompt)], [], False
+    def act(self, env: gym.Env, conversation: Conversation, response: list[int]) -> tuple:
+        """Give a response to an environment"""
+        conversation.add_response(response, response[-1] in conversation.stop_ids)
+        return env.step(self.task.parse(self.tokenizer.decode(response, skip_special_tokens=True)))
+
+    def episode(self, seed: int) -> int:
+        """Play an episode; its turns"""
+        (obs, info), done, turns = self.env.reset(seed=seed), False, 0
+        conversation = Conversation(self.format, self.task.system_prompt)
         while not done:
-            messages.append(dict(role="user", content=self.task.describe(obs, info)))
-            messages.append(dict(role="assistant", content=self.respond(messages)))
-            obs, reward, terminated, truncated, info = self.env.step(self.task.parse(messages[-1]["content"]))
-            rewards.append(float(reward))
-            done = terminated or truncated
-        return messages, rewards
+            (response,) = self.respond([conversation.add_user(self.task.describe(obs, info))])
+            obs, _, terminated, truncated, info = self.act(self.env, conversation, response)
+            done, turns = terminated or truncated, turns + 1
+        return turns
+
+    def batch(self, seed: int, envs: int) -> int:
+        """Play as many episodes side by side, the whole of each conversation read at each turn; their turns"""
+        games, turns = [], 0
+        for i in range(envs):
+            env = self.task.make()
+            games.append((env, Conversation(self.format, self.task.system_prompt), *env.reset(seed=seed + i)))
+        while games:
+            responses = self.respond([conversation.add_user(self.task.describe(obs, info)) for _, conversation, obs, info in games])
+            turns, going = turns + len(games), []
+            for (env, conversation, *_), response in zip(games, responses):
+                obs, _, terminated, truncated, info = self.act(env, conversation, response)
+                if not (terminated or truncated):
+                    going.append((env, conversation, obs, info))
+            games = going
+        return turns
 
 
 class Clock:
@@ -136,3 +165,51 @@ def table(rows: list[dict], columns: dict[str, str]) -> str:
     cells = [list(columns)] + [[format(row[name], spec) if name in row else "" for name, spec in columns.items()] for row in rows]
     widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
     return "\n".join("  ".join(text.rjust(w) if i else text.ljust(w) for i, (text, w) in enumerate(zip(line, widths))) for line in cells)
+
+
+def naive_rows(episodes: list[Episode]) -> list[tuple[torch.Tensor, int, float]]:
+    """A row for each turn, with the whole history in front: its ids, where the response begins, and its reward"""
+    turns = [(episode.segments[turn.segment].ids[: turn.start + len(turn.response_ids)], turn) for episode in episodes for turn in episode.turns]
+    return [(torch.tensor(ids), turn.start, turn.reward) for ids, turn in turns]
+
+
+class NaiveUpdate:
+    """The update of 2024: rows of whole histories, logits at every position, a value head, KL in the reward, four epochs"""
+
+    def __init__(self, model: PeftModel, epochs: int = 4, learning_rate: float = 1e-4):
+        self.model, self.pad, self.epochs = model, 0, epochs
+        self.head = torch.nn.Linear(self.model.get_base_model().config.hidden_size, 1)
+        self.trained = [p for p in self.model.parameters() if p.requires_grad] + list(self.head.parameters())
+        self.optimizer = torch.optim.Adam(self.trained, lr=learning_rate)
+
+    def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        out = self.model(input_ids=ids, attention_mask=mask, output_hidden_states=True, use_cache=False)
+        logprobs = out.logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
+        return logprobs, self.head(out.hidden_states[-1]).squeeze(-1)[:, :-1]
+
+    def step(self, rows: list[tuple[torch.Tensor, int, float]]) -> None:
+        lengths = torch.tensor([len(ids) for ids, *_ in rows])
+        ids = torch.nn.utils.rnn.pad_sequence([ids for ids, *_ in rows], batch_first=True, padding_value=self.pad)
+        position = torch.arange(ids.shape[1])
+        mask = (position < lengths[:, None]).long()
+        scored = ((position[1:] >= torch.tensor([start for _, start, _ in rows])[:, None]) & (position[1:] < lengths[:, None])).float()
+        with torch.no_grad():
+            old, values = self.forward(ids, mask)
+            with self.model.disable_adapter():
+                reference, _ = self.forward(ids, mask)
+            rewards = -0.2 * (old - reference) * scored
+            rewards[torch.arange(len(rows)), lengths - 2] += torch.tensor([reward for *_, reward in rows])
+            advantages, last = torch.zeros_like(rewards), torch.zeros(len(rows))
+            for t in reversed(range(rewards.shape[1])):
+                following = values[:, t + 1] * scored[:, t + 1] if t + 1 < rewards.shape[1] else 0.0
+                last = (rewards[:, t] + following - values[:, t] + 0.95 * last) * scored[:, t]
+                advantages[:, t] = last
+            returns = advantages + values
+        for _ in range(self.epochs):
+            new, predicted = self.forward(ids, mask)
+            ratio = (new - old).exp()
+            surrogate = torch.maximum(-advantages * ratio, -advantages * ratio.clamp(0.8, 1.2))
+            loss = ((surrogate + 0.05 * (predicted - returns).square()) * scored).sum() / scored.sum()
+            self.optimizer.zero_grad()
+            loss.backward()
+            self.optimizer.step()

@@ -65,7 +65,7 @@ class SlotCache(Cache):
         length: int, # positions that each has to have
     ) -> None:
         "Make the table large enough; it grows by half at least, so that growing stays rare"
-        if length > self.capacity: self.capacity = -(-max(length, self.capacity * 3 // 2) // 64) * 64
+        if length > self.capacity: self.capacity = -(-max(length, self.capacity * 3 // 2) // 128) * 128
         self.num_rows = max(self.num_rows, rows)
 
     def place(self,

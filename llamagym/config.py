@@ -346,6 +346,7 @@ class RolloutConfig(Section):
     path: ClassVar[str] = "rollout"
     num_envs: int = option(16, "environments played side by side", at_least=1)
     episodes: int = option(64, "episodes per update", at_least=1)
+    workers: bool = option(False, "each environment in a process of its own, for slow ones: sampling goes on while they step")
     on_invalid: str|None = option(
         None, "what follows a response without an action: fallback (a legal action), terminate, or retry:n; None takes the task's, fallback without one", pattern=r"fallback|terminate|retry:[1-9]\d*")
     invalid_reward: float|None = option(None, "added to the reward of a turn whose response holds no action; None takes the task's, 0 without one")
@@ -381,6 +382,7 @@ class PPOConfig(Section):
     target_kl: float|None = option(None, "stops the epochs when the KL to the sampling policy passes it, in nats per token", above=0)
     max_grad_norm: float = option(1.0, "longer gradients are scaled down to this norm", above=0)
     token_budget: int = option(8192, "padded tokens per micro-batch: memory, not results", at_least=1)
+    gradient_checkpointing: bool = option(False, "compute the inside of layers again in the backward pass: a third slower, a fraction of the memory")
     entropy_coef: float = option(0.0, "weight of the entropy bonus, per token over the vocabulary", at_least=0)
 
     @classmethod

@@ -9,7 +9,7 @@ __all__ = ['READ_TOKENS', 'draw', 'Drawn', 'draw_from', 'Sample', 'Request', 'En
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Hashable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -182,6 +182,8 @@ class EngineStats:
     spoken_tokens: int = 0     # tokens that were sampled
     steps: int = 0             # forward passes after which a token was sampled
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(("read", "speak", "draw", "arrange"), 0.0)) # reading prompts, reading one's own tokens, drawing, all else
+
+    def copy(self) -> "EngineStats": return replace(self, seconds=dict(self.seconds))
 
     def __sub__(self, earlier: "EngineStats") -> "EngineStats":
         "What was done since"

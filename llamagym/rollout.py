@@ -11,7 +11,8 @@ import statistics
 import time
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,9 +21,10 @@ import numpy as np
 
 from .agent import Agent, Dialogue, TaskAgent, warn_all_invalid
 from .buffer import Episode, EpisodeBuffer
-from .engine import Engine
-from .env import episode_seed
-from .task import Task, TextEnv
+from .engine import Engine, Request, Sample
+from .env import episode_seed, from_vector
+from .remote import RemoteEnv, wait_for_any
+from .task import Outcome, Task, TextEnv
 
 # %% ../nbs/10_rollout.ipynb #80110d09
 @dataclass
@@ -44,39 +46,53 @@ class RolloutError(RuntimeError):
 class Rollout(EpisodeBuffer):
     "Collected episodes, in the order of their indices, and how collecting went"
     failures: Sequence[Failure] = ()
-    occupancy: float = math.nan    # share of the slots' turns in which a slot had an episode to play
+    occupancy: float = math.nan    # share of the slots that were sampled for, on average over the tokens' steps
     seconds: float = math.nan      # wall time
 
-# %% ../nbs/10_rollout.ipynb #4151f775
+# %% ../nbs/10_rollout.ipynb #dcf0738e
 class _Slot:
     "A place for one episode after another: an environment, and for each episode a session of the agent"
-    def __init__(self, agent: Agent, env: Any):
-        self.agent, self.task = agent, agent.task(env)
-        self.env: TextEnv | None = None
+    def __init__(self, agent: Agent, env: Any, remote: bool):
+        self.agent, self.task, self.remote = agent, agent.task(env), remote
+        self.env: TextEnv | None = self._make() if remote else None     # processes begin side by side
         self.dialogue: Dialogue | None = None
+        self.request: Request | None = None      # what the engine is asked
+        self.error: Exception | None = None      # what the parser raised last
+
+    def _make(self) -> TextEnv: return TextEnv(self.task, RemoteEnv(self.task.env, self.task.max_steps) if self.remote else None)
 
     def start(self, index: int, seed: int) -> None:
-        self.index, self.seed, self.dialogue = index, episode_seed(seed, index), None
+        "Begin an episode"
+        self.index, self.seed, self.dialogue, self.request = index, episode_seed(seed, index), None, None
         session = self.agent.spawn()      # what a user's methods keep on self belongs to one episode
         self.task = session.task(self.task.env)
-        if self.env is None: self.env = TextEnv(self.task)
+        if self.env is None: self.env = self._make()
         self.env.task = self.task
         stream = np.random.default_rng([seed, index])
         self.dialogue = session.start_dialogue(stream, env_id=self.task.name, index=index, seed=self.seed)
-        self.env.reset(self.seed)
+        self.env.send_reset(self.seed)
 
-    def step(self, sample) -> Episode | None:
-        "Give a response to the environment; the episode, if that ended it"
-        text = self.dialogue.answer(sample)
-        out = self.env.step(text)
+    def ask(self, engine: Engine, **how) -> Episode | None: # the episode, if it has ended
+        "Take what the environment says, and ask the engine for the next response"
+        out = self.env.receive()
+        if out is not None and (episode := self._record(out)): return episode
+        self.request = engine.submit(self.dialogue.ask(self.env.observation), self.dialogue.stream, key=self.dialogue, **how)
+        return None
+
+    def _record(self, out: Outcome) -> Episode | None:
+        "Write down what came of the last turn"
         if not math.isfinite(out.reward): raise ValueError(f"reward {out.reward!r}: expected a finite number")
-        turn = self.dialogue.turns[-1]
+        turn, self.error = self.dialogue.turns[-1], out.error
         turn.action, turn.reward, turn.valid, turn.invalid_reason = out.action, out.reward, out.valid, out.invalid_reason
-        self.error = out.error
         if not out.done: return None
         episode = self.dialogue.close(self.env.observation if out.truncated and not out.terminated else None)
         turn.terminated, turn.truncated = out.terminated, out.truncated and not out.terminated
         return episode
+
+    def answer(self) -> None:
+        "Take what the engine says, and give it to the environment"
+        sample, self.request = self.request.sample, None
+        self.env.send(self.dialogue.answer(sample))
 
     def fail(self, error: Exception) -> Failure:
         "Give up on the episode and its environment, which may be in any state"
@@ -90,69 +106,102 @@ class _Slot:
         try: self.env.close()
         except Exception as error: warnings.warn(f"{self.task.name} could not be closed: {type(error).__name__}: {error}", stacklevel=2)
 
-# %% ../nbs/10_rollout.ipynb #599c07cb
+# %% ../nbs/10_rollout.ipynb #666999d0
+class _Round:
+    "Episodes in play: which slots are free, which wait for their environment, which for the engine"
+    def __init__(self, slots: Sequence[_Slot], engine: Engine, **how):
+        self.engine, self.how = engine, how
+        self.free, self.in_env, self.speaking = list(slots)[::-1], [], []
+        self.done: dict[int, Episode] = {}
+        self.failures: list[Failure] = []
+        self.error: Exception | None = None     # what a parser raised last
+
+    def attempt(self, slot: _Slot, call: Callable[..., Any], *args, goes_to: list[_Slot]) -> None:
+        "Let a slot do something; if it raises, its episode is lost, and no other"
+        try: episode = call(*args)
+        except Exception as error:         # environments and users' methods are foreign code
+            if slot.dialogue is not None: self.engine.release(slot.dialogue)
+            self.failures.append(slot.fail(error))
+            self.free.append(slot)
+            return
+        self.error = slot.error or self.error
+        if episode is None: goes_to.append(slot)
+        else:
+            self.engine.release(slot.dialogue)
+            self.done[slot.index] = episode
+            self.free.append(slot)
+
+    def play(self, indices: Iterable[int], seed: int) -> None:
+        "Play episodes to their end"
+        waiting = deque(indices)
+        while waiting or self.in_env or self.speaking:
+            while self.free and waiting:
+                slot = self.free.pop()
+                self.attempt(slot, slot.start, waiting.popleft(), seed, goes_to=self.in_env)
+            asked, self.in_env = self.in_env, []
+            for slot in asked:
+                if slot.env.ready(): self.attempt(slot, lambda s=slot: s.ask(self.engine, **self.how), goes_to=self.speaking)
+                else: self.in_env.append(slot)
+            if self.free and waiting: continue      # what has just ended makes room for the next, before the others go on
+            if self.speaking: self.speak()
+            elif self.in_env: wait_for_any([slot.env.env for slot in self.in_env])
+
+    def speak(self) -> None:
+        "A step of the engine; responses that are complete go to their environments"
+        self.engine.step()
+        speaking, self.speaking = self.speaking, []
+        for slot in speaking:
+            if slot.request.sample is None: self.speaking.append(slot)
+            else: self.attempt(slot, slot.answer, goes_to=self.in_env)
+
+# %% ../nbs/10_rollout.ipynb #86316273
 def collect(
     agent: Agent,                # who plays
-    env: Any = None,             # id, factory or instance; an agent of a task knows its own
+    env: Any = None,             # id, factory, instance or vector environment; an agent of a task knows its own
     episodes: int = 64,          # how many, all played to their end
-    num_envs: int = 16,          # played side by side
+    num_envs: int = 16,          # played side by side; of a vector environment, as many as it has
     seed: int = 0,               # episode i resets with `episode_seed(seed, i)` and samples from the stream (seed, i)
     first: int = 0,              # index of the first episode
     greedy: bool = False,        # the likeliest token instead of a sampled one
     engine: Engine | None = None, # what samples; default: the agent's, which keeps to what it can learn from
     top: int = 0,                # likeliest alternatives to record per token
+    workers: bool | None = None, # each environment in a process of its own; default: as configured, and as a vector environment has it
 ) -> Rollout:
     "Play episodes side by side. Raises `RolloutError` if all of them fail, and warns of each one that does"
     for name, value, least in (("episodes", episodes, 1), ("num_envs", num_envs, 1), ("seed", seed, 0), ("first", first, 0)):
         if not isinstance(value, int) or value < least: raise ValueError(f"{name}={value!r}: expected a whole number of at least {least}")
     _check(agent, env)
+    envs, apart = from_vector(env) if isinstance(env, gym.vector.VectorEnv) else ([env] * num_envs, False)
+    if workers is None: workers = agent.config.rollout.workers or apart
     engine, began = engine or agent.engine, time.perf_counter()
-    slots = [_Slot(agent, env) for _ in range(min(num_envs, episodes))]
-    if len(slots) > 1 and isinstance(slots[0].task.env, gym.Env) and slots[0].task.env.spec is None:
-        raise ValueError(f"num_envs={num_envs} but env is one instance that Gymnasium cannot make again; pass a factory, or num_envs=1")
-    waiting = list(range(first, first + episodes))[::-1]
-    done, failures, playing, rounds, error = {}, [], [], 0, None
-    free = list(slots)
+    before, slots = engine.stats.copy(), []
     try:
-        while waiting or playing:
-            while free and waiting:
-                slot, index = free[-1], waiting.pop()
-                try: slot.start(index, seed)
-                except Exception as e: failures.append(slot.fail(e))         # environments are foreign code
-                else: playing.append(free.pop())
-            prompts, asked = [], []
-            for slot in playing:
-                try: prompts.append(slot.dialogue.ask(slot.env.observation))
-                except ValueError as e: failures.append(slot.fail(e)); free.append(slot)   # longer than the context
-                else: asked.append(slot)
-            rounds += 1
-            playing = []
-            for slot, sample in zip(asked, engine.sample(prompts, [s.dialogue.stream for s in asked], greedy=greedy, top=top)):
-                try: episode = slot.step(sample)
-                except Exception as e: failures.append(slot.fail(e)); free.append(slot)
-                else:
-                    error = slot.error or error
-                    if episode is None: playing.append(slot)
-                    else: done[slot.index] = episode; free.append(slot)
+        for one in envs[:episodes]: slots.append(_Slot(agent, one, workers))
+        if len(slots) > 1 and slots[0].task.single:
+            raise ValueError(f"num_envs={num_envs} but env is one instance that Gymnasium cannot make again; pass a factory, or num_envs=1")
+        play = _Round(slots, engine, greedy=greedy, top=top)
+        play.play(range(first, first + episodes), seed)
     finally:
         for slot in slots: slot.close()
-    return _report(done, failures, rounds * len(slots), time.perf_counter() - began, error)
+        engine.drop()
+    spent = engine.stats - before
+    return _report(play, spent.spoken_tokens / max(spent.steps * len(slots), 1), time.perf_counter() - began)
 
-# %% ../nbs/10_rollout.ipynb #691a407e
+# %% ../nbs/10_rollout.ipynb #59ef8bae
 def _check(agent: Agent, env: Any) -> None:
     "Whether the two can play together"
     if not isinstance(agent, Agent): raise TypeError(f"agent is a {type(agent).__name__}; expected a llamagym Agent (Agent.for_task(task, model) makes one)")
     if isinstance(env, Task): raise TypeError("env is a Task; its words are the agent's: make the agent with Agent.for_task(task, model) and leave env out")
     if env is None and not isinstance(agent, TaskAgent): raise ValueError("env is needed: only an agent made by Agent.for_task knows its own")
 
-def _report(done: dict[int, Episode], failures: list[Failure], capacity: int, seconds: float, error: Exception | None) -> Rollout:
-    rollout = Rollout(done[i] for i in sorted(done))
-    rollout.failures, rollout.seconds = failures, seconds
+def _report(play: _Round, occupancy: float, seconds: float) -> Rollout:
+    "What was played, in the order of the episodes; says what was lost, and if nothing was understood"
+    rollout = Rollout(play.done[i] for i in sorted(play.done))
+    rollout.failures, rollout.seconds, rollout.occupancy = play.failures, seconds, occupancy
     turns = [t for e in rollout for t in e.turns]
-    rollout.occupancy = len(turns) / max(capacity, 1)
-    if failures and not done: raise RolloutError(failures)
-    for failure in failures: warnings.warn(f"{failure}. The other {len(done)} episodes are kept", stacklevel=3)
-    if len(turns) >= 8 and not any(t.valid for t in turns): warn_all_invalid(len(turns), turns[-1].response, error)
+    if play.failures and not play.done: raise RolloutError(play.failures)
+    for failure in play.failures: warnings.warn(f"{failure}. The other {len(play.done)} episodes are kept", stacklevel=3)
+    if len(turns) >= 8 and not any(t.valid for t in turns): warn_all_invalid(len(turns), turns[-1].response, play.error)
     return rollout
 
 # %% ../nbs/10_rollout.ipynb #4193abfc

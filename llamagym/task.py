@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BLACKJACK_ACTIONS', 'LAKE_ACTIONS', 'CLIFF_ACTIONS', 'TAXI_ACTIONS', 'TASKS', 'Retry', 'retry', 'Reading',
-           'table_cell', 'Task', 'Outcome', 'TextEnv', 'Player', 'RandomAgent', 'ScriptedAgent', 'play',
+           'table_cell', 'Task', 'Outcome', 'SplitEnv', 'TextEnv', 'Player', 'RandomAgent', 'ScriptedAgent', 'play',
            'describe_blackjack', 'basic_strategy', 'blackjack', 'GridDescriber', 'frozen_lake', 'cliff_walking',
            'describe_taxi', 'taxi', 'masked_actions', 'for_env', 'get_task', 'TabularPolicy', 'optimal_policy']
 
@@ -23,6 +23,7 @@ import numpy as np
 from .actions import DiscreteActions, SpaceDescriber, actions_for, enumerate_actions, first_action, quoted, sample_action
 from .buffer import Episode, EpisodeBuffer, Turn
 from .chat import Window
+from .remote import RemoteEnv
 from .env import can_be_remade, env_name, episode_seed, make_env, peek_env, tabular_model
 
 # %% ../nbs/08_task.ipynb #dadd0140
@@ -207,23 +208,21 @@ def _bonus(task: Task, reply: str, read: Reading) -> float:
     return bonus if read.valid else bonus + task.invalid_reward
 
 
-def _act(env: "TextEnv", reply: str) -> Outcome:
-    "Step the environment as a reply says, or don't"
-    task, space = env.task, env.env.action_space
-    read = task.read(reply, space)
-    bonus, follows = _bonus(task, reply, read), _what_follows(task, read, env._attempts)
-    if follows != "step":
-        env._attempts += follows == "again"
-        return Outcome(bonus, follows == "end", False, None, False, read.reason, read.error)
-    action = read.action if read.valid else task.fallback_action(env.obs, env.info, space)
-    env._attempts = 0
-    obs, reward, terminated, truncated, info = env.env.step(action)
-    env._show(obs, info)
-    return Outcome(float(reward) + bonus, bool(terminated), bool(truncated), action, read.valid, read.reason, read.error)
+@dataclass(frozen=True)
+class _Pending:
+    "A reply that was read, and what the environment was given for it"
+    read: Reading
+    bonus: float            # the task's own rewards
+    follows: str            # "step", "again" or "end"
+    action: Any             # None where the environment isn't stepped
 
-# %% ../nbs/08_task.ipynb #78dff62f
-class TextEnv:
-    "One environment of a task, spoken to in text"
+    def outcome(self, reward: float = 0.0, terminated: bool = False, truncated: bool = False) -> Outcome:
+        "What came of it, with what the environment said"
+        return Outcome(float(reward) + self.bonus, bool(terminated), bool(truncated), self.action, self.read.valid, self.read.reason, self.read.error)
+
+# %% ../nbs/08_task.ipynb #c675138d
+class SplitEnv:
+    "One environment of a task, spoken to in text, in halves of calls"
     def __init__(
         self,
         task: Task,                     # the words
@@ -235,32 +234,65 @@ class TextEnv:
         self.info: dict = {}            # its info
         self.observation = ""           # its text
         self._attempts = 0              # how often it was shown again
+        self._reply: _Pending | None = None     # what `receive` is about; None: a reset
+        self._answer: tuple | None = None       # what the environment said; None: it is asked in another process, or was not asked
 
+    def _call(self, command: str, argument: Any) -> None:
+        "Ask the environment"
+        if isinstance(self.env, RemoteEnv): self.env.send(command, argument)
+        else: self._answer = self.env.reset(seed=argument) if command == "reset" else self.env.step(argument)
+
+    def send_reset(self, seed: int | None = None) -> None:
+        "Begin to begin an episode"
+        self._attempts, self._reply, self._answer = 0, None, None
+        self._call("reset", seed)
+
+    def send(self, reply: str) -> None:
+        "Begin to act on a reply"
+        read = self.task.read(reply, self.env.action_space)
+        follows, self._answer = _what_follows(self.task, read, self._attempts), None
+        self._attempts = self._attempts + 1 if follows == "again" else 0
+        action = None if follows != "step" else read.action if read.valid else self.task.fallback_action(self.obs, self.info, self.env.action_space)
+        self._reply = _Pending(read, _bonus(self.task, reply, read), follows, action)
+        if follows == "step": self._call("step", action)
+
+    def ready(self) -> bool:
+        "Whether `receive` would return at once"
+        return not isinstance(self.env, RemoteEnv) or self.env.ready()
+
+    def receive(self) -> Outcome | None: # `None` of a reset
+        "What came of it; the newest observation's text is in `observation`"
+        if self._reply is not None and self._reply.follows != "step": return self._reply.outcome(terminated=self._reply.follows == "end")
+        answer = self.env.receive() if self._answer is None else self._answer
+        self.obs, self.info = answer[0], answer[-1]
+        self.observation = self.task.describe(self.obs, self.info)
+        if not isinstance(self.observation, str):
+            raise TypeError(f"{self.task.name}: describe gave {self.observation!r}: expected text, got {type(self.observation).__name__}")
+        return None if self._reply is None else self._reply.outcome(*answer[1:4])
+
+# %% ../nbs/08_task.ipynb #78dff62f
+class TextEnv(SplitEnv):
+    "One environment of a task, spoken to in text"
     def reset(
         self,
         seed: int | None = None,        # environment seed
     ) -> str:                           # the first observation's text
         "Begin an episode"
-        self._attempts = 0
-        return self._show(*self.env.reset(seed=seed))
-
-    def _show(self, obs: Any, info: dict) -> str:
-        self.obs, self.info = obs, info
-        text = self.task.describe(obs, info)
-        if not isinstance(text, str): raise TypeError(f"{self.task.name}: describe gave {text!r}: expected text, got {type(text).__name__}")
-        self.observation = text
-        return text
-
-    def legal_actions(self) -> list | None:
-        "Legal actions now; None where they can't be listed"
-        return self.task.legal(self.obs, self.info, self.env.action_space)
+        self.send_reset(seed)
+        self.receive()
+        return self.observation
 
     def step(
         self,
         reply: str,                     # the agent's text
     ) -> Outcome:                       # reward and end; the next observation's text is in `observation`
         "Act on a reply"
-        return _act(self, reply)
+        self.send(reply)
+        return self.receive()
+
+    def legal_actions(self) -> list | None:
+        "Legal actions now; None where they can't be listed"
+        return self.task.legal(self.obs, self.info, self.env.action_space)
 
     def close(self):
         "Close the environment, unless it is the user's own instance"

@@ -20,7 +20,7 @@ import tempfile
 import tokenize
 from collections.abc import Iterator
 from configparser import ConfigParser
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -78,10 +78,47 @@ class Module:
             for name in assigned_names(node):
                 if name == "__all__":
                     self.public = ast.literal_eval(node.value)
+        self.definitions = {node.name: node for node in self.tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+        self.classes: dict[str, Entry] = {}
         for node in self.tree.body:
             for entry in self.read(node):
+                if entry.kind == "class":
+                    self.classes[entry.name] = entry
+                    self.inherit(entry, node)
                 if entry.name in self.public:
                     self.entries[entry.name] = entry
+            self.attach(node)
+
+    def inherit(self, entry: Entry, node: ast.ClassDef) -> None:
+        "Add what a class has from bases in this module: all of a private one, the names of what a public one documents"
+        for base in filter(None, (self.classes.get(ast.unparse(b)) for b in node.bases)):
+            if not entry.signature:
+                entry.signature, entry.parameters = base.signature, base.parameters
+            own = {member.name.partition(".")[2] for member in entry.members}
+            inherited = [m for m in base.members if m.name.partition(".")[2] not in own]
+            if base.name.startswith("_"):
+                entry.members += [replace(m, name=f"{entry.name}.{m.name.partition('.')[2]}") for m in inherited]
+            else:
+                names = ", ".join(f"`{m.name}`" for m in inherited)
+                entry.doc += f"\n\nBase: `{base.name}`" + (f", with {names}." if names else ".")
+
+    def attach(self, node: ast.stmt) -> None:
+        "Functions that are made methods behind the class: `Policy.save = write_policy`"
+        if not isinstance(node, ast.Assign):
+            return
+        pairs = (
+            zip(node.targets[0].elts, node.value.elts)
+            if isinstance(node.targets[0], ast.Tuple) and isinstance(node.value, ast.Tuple)
+            else [(node.targets[0], node.value)]
+        )
+        for target, value in pairs:
+            static = isinstance(value, ast.Call) and ast.unparse(value.func) == "staticmethod"
+            function = ast.unparse(value.args[0] if static else value)
+            if isinstance(target, ast.Attribute) and ast.unparse(target.value) in self.classes and function in self.definitions:
+                method = self.function(self.definitions[function], "function" if static else "method", ast.unparse(target))
+                method.kind, method.flag, method.parameters = "method", "staticmethod" if static else "", []
+                method.doc += f". The arguments are those of `{function}`"
+                self.classes[ast.unparse(target.value)].members.append(method)
 
     def read(self, node: ast.stmt) -> Iterator[Entry]:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
@@ -170,7 +207,7 @@ class Module:
                     entry.members.append(Entry("attribute", f"{node.name}.{member.target.id}", f": {annotation}", comment))
             elif isinstance(member, ast.Assign) and isinstance(member.value, ast.Call) and ast.unparse(member.value.func) == "property":
                 described = {k.arg: ast.literal_eval(k.value) for k in member.value.keywords if k.arg == "doc"}.get("doc", "")
-                entry.members += [Entry("property", f"{node.name}.{name}", "", described) for name in assigned_names(member)]
+                entry.members += [Entry("property", f"{node.name}.{name}", "", described) for name in assigned_names(member) if not name.startswith("_")]
         if init:
             entry.signature = init.signature.removesuffix(" -> None")
             entry.parameters = init.parameters
@@ -255,7 +292,7 @@ def entry_markdown(entry: Entry, module: Module, prose, depth: int = 0) -> str:
         cells += [[code(p.name), code(p.annotation), *([code(p.default)] if has_default else []), prose(escape_cell(p.comment))] for p in rows]
         parts.append("\n".join(f"| {' | '.join(row)} |" for row in cells))
     if entry.returns:
-        parts.append(f"*Returns* {code(entry.returns.annotation)}: {prose(entry.returns.comment)}")
+        parts.append(f"*Returns* `{entry.returns.annotation}`: {prose(entry.returns.comment)}")
     parts += [entry_markdown(member, module, prose, depth + 1) for member in entry.members]
     return "\n\n".join(filter(None, parts)) + f"\n{fence}"
 
@@ -339,8 +376,14 @@ class Pages:
             return []
         self.documented |= {f"{module.name}.{name}" for name in defined}
         entries = [entry_markdown(module.entries[name], module, lambda s: self.prose(s, page)) for name in defined]
-        folded = {"cell_type": "code", "id": hashlib.sha1(text.encode()).hexdigest()[:12], "source": text, "outputs": [],
-                  "metadata": {"tags": ["hide-input"]}, "execution_count": None}
+        folded = {
+            "cell_type": "code",
+            "id": hashlib.sha1(text.encode()).hexdigest()[:12],
+            "source": text,
+            "outputs": [],
+            "metadata": {"tags": ["hide-input"]},
+            "execution_count": None,
+        }
         return [*map(markdown, entries), folded]
 
     def write(self, folder: Path) -> None:
@@ -377,15 +420,19 @@ def split_directives(text: str) -> tuple[dict[str, str], str]:
 
 def tags(directives: dict[str, str]) -> list[str]:
     table = {
-        ("hide_input", ""): "remove-input", ("echo", "false"): "remove-input",
-        ("hide_output", ""): "remove-output", ("output", "false"): "remove-output",
-        ("code-fold", "true"): "hide-input", ("code-fold", "show"): "hide-input",
+        ("hide_input", ""): "remove-input",
+        ("echo", "false"): "remove-input",
+        ("hide_output", ""): "remove-output",
+        ("output", "false"): "remove-output",
+        ("code-fold", "true"): "hide-input",
+        ("code-fold", "show"): "hide-input",
     }
     return [tag for directive, tag in table.items() if directive in directives.items()]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The site
+
 
 def settings() -> ConfigParser:
     parser = ConfigParser(delimiters=["="], interpolation=None)
@@ -409,7 +456,14 @@ def build(site: Path, notebooks: Path = ROOT / "nbs", package: Path = ROOT / PAC
         (source / "changelog.md").write_text((ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), encoding="utf-8")
         (source / "genindex.md").write_text("# Index\n", encoding="utf-8")  # Sphinx fills it
         title = f"{config['lib_name']} {version}"
-        values = {"project": title, "html_title": title, "author": config["author"], "version": version, "package_folder": str(package)}
+        values = {
+            "project": title,
+            "html_title": title,
+            "author": config["author"],
+            "copyright": config["author"],
+            "version": version,
+            "package_folder": str(package),
+        }
         output, warnings = Path(temporary) / "html", io.StringIO()
         with docutils_namespace():
             app = Sphinx(source, ROOT / "scripts" / "docs", output, Path(temporary) / "doctrees", "html", values, status=None, warning=warnings)
@@ -468,6 +522,8 @@ def check(site: Path, modules: dict[str, Module]) -> list[str]:
     anchors = set().union(*(page.anchors for name, page in pages.items() if not name.startswith("_modules/")))
     problems = [f"{m.name}.{name} has no entry in the site" for m in modules.values() for name in m.public if f"{m.name}.{name}" not in anchors]
     for name, page in pages.items():
+        if re.search(r"<p>\s*\|", (site / name).read_text(encoding="utf-8")):
+            problems.append(f"{name}: a table is shown as the text it is written in")
         for link in page.links:
             parts = urlsplit(link)
             if parts.scheme or parts.netloc:

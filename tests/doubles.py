@@ -3,7 +3,6 @@
 import functools
 import tempfile
 
-import gymnasium as gym
 import numpy as np
 import torch
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
@@ -12,8 +11,9 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from llamagym.agent import Agent
 from llamagym.config import Config, LoRAConfig
 from llamagym.policy import Policy
-from llamagym.task import Task, episode_seed, frozen_lake
+from llamagym.task import Task, frozen_lake
 from llamagym.tiny import tiny_model, tiny_tokenizer
+from walks import Walk
 
 KINDS = ("plain", "lora", "nf4")
 RANK = LoRAConfig(r=4, alpha=8.0)
@@ -34,6 +34,12 @@ def shake(parameters, scale: float = 0.02, seed: int = 0) -> None:
     with torch.no_grad():
         for p in parameters:
             p.add_(scale * torch.randn(p.shape, generator=generator))
+
+
+def random_rows(vocab: int, lengths, seed=0) -> list[list[int]]:
+    """Ids that begin with the tiny tokenizer's BOS"""
+    generator = np.random.default_rng(seed)
+    return [[1, *generator.integers(0, vocab, n - 1).tolist()] for n in lengths]
 
 
 def config(**options) -> Config:
@@ -102,36 +108,6 @@ def tokenizer_of(style: str):
 
 
 # environments
-
-
-# Environment seeds are hashes; a walk is known by the number before: `seed + index` of an episode
-WALKS = {episode_seed(seed, i): seed + i for seed in (0, 2, 3, 5, 7, 8, 10, 100, 200, 1_000_000) for i in range(20)}
-
-
-class Walk(gym.Env):
-    """Ends after `length` steps. Step t of walk n pays n + t / 10, so that no reward can pass for another"""
-
-    action_space = gym.spaces.Discrete(2)
-    observation_space = gym.spaces.MultiDiscrete([10**9, 1000])
-
-    def __init__(self, length: int = 3, trouble=None, pays=None):
-        self.length, self.trouble, self.pays = length, trouble or (lambda where, seed, t: None), pays or (lambda seed, t: seed + t / 10)
-
-    def reset(self, *, seed=None, options=None):
-        super().reset(seed=seed)
-        self.number, self.t = WALKS.get(seed, seed), 0
-        self.trouble("reset", self.number, 0)
-        return np.array([self.number, 0]), {}
-
-    def step(self, action):
-        assert self.action_space.contains(action), f"the environment got {action!r}"
-        self.trouble("step", self.number, self.t)
-        reward = self.pays(self.number, self.t)
-        self.t += 1
-        return np.array([self.number, self.t]), reward, self.t == self.length, False, {}
-
-    def close(self):
-        self.trouble("close", getattr(self, "number", -1), getattr(self, "t", -1))
 
 
 def walk_task(length: int = 3, trouble=None, pays=None, **changes) -> Task:

@@ -68,6 +68,21 @@ def test_a_broken_link_is_noticed(built, modules, tmp_path):
     ]
 
 
+def test_a_table_shown_as_text_is_noticed(built, modules, tmp_path):
+    site = shutil.copytree(built[0], tmp_path / "site")
+    before = build_docs.check(site, modules)
+    (site / "raw.html").write_text("<p>| a | b |</p>")
+    assert set(build_docs.check(site, modules)) - set(before) == {"raw.html: a table is shown as the text it is written in"}
+
+
+def test_what_a_class_inherits_or_is_given_is_shown(modules):
+    policy, conversation = modules["policy"].entries["Policy"], modules["chat"].entries["Conversation"]
+    assert policy.signature.startswith("(model: ") and "`PolicyReference.set_reference`" in policy.doc
+    assert {"Policy.load", "Policy.save", "Policy.score"} <= {m.name for m in policy.members}
+    assert next(m for m in policy.members if m.name == "Policy.load").signature.startswith("(name: ")
+    assert "tokenizer" in conversation.signature and not [m for m in conversation.members if "._" in m.name]
+
+
 def test_an_undocumented_module_is_noticed(tmp_path):
     "A public name that no notebook defines has no entry, and the build says so"
     package = shutil.copytree(ROOT / "llamagym", tmp_path / "llamagym", ignore=shutil.ignore_patterns("__pycache__"))
@@ -87,7 +102,7 @@ def test_nothing_is_fetched_from_elsewhere(built):
 
 
 def test_docments_are_read_from_the_source(tmp_path):
-    (tmp_path / "sample.py").write_text('''
+    (tmp_path / "sample.py").write_text("""
 __all__ = ["LIMIT", "Point", "scale"]
 
 # how many there may be
@@ -106,7 +121,7 @@ class Point:
     def norm(self) -> float: "Its distance"
 
 def scale(point: Point, *, factor: float = 2.0): "Larger"
-''')
+""")
     entries = build_docs.Module(tmp_path / "sample.py").entries
     assert (entries["LIMIT"].doc, entries["LIMIT"].signature) == ("how many there may be", ": int = 3")
     point = entries["Point"]

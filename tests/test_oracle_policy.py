@@ -8,7 +8,7 @@ import peft
 import pytest
 import torch
 import transformers
-from doubles import KINDS, config, lake, lake_agent, make_policy, shake, users_model
+from doubles import KINDS, config, lake, lake_agent, make_policy, random_rows, shake, users_model
 
 import llamagym.policy as policy_module
 from llamagym.agent import Agent
@@ -25,11 +25,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:none of .* responses held an act
                                         "ignore:Could not find a config file")  # fmt: skip
 # what a whole model does of its own after the head, that a scorer of single hidden states could forget
 TAIL = {"gemma2": "final_logit_softcapping", "cohere": "logit_scale", "granite": "logits_scaling"}
-
-
-def random_rows(vocab: int, lengths, seed=0) -> list[list[int]]:
-    generator = np.random.default_rng(seed)
-    return [[1, *generator.integers(0, vocab, n - 1).tolist()] for n in lengths]
 
 
 def whole_model(model, rows, temperature=1.0) -> list[torch.Tensor]:

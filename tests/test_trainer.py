@@ -144,15 +144,15 @@ def test_an_interrupt_in_the_midst_of_an_update_undoes_it(tmp_path, uninterrupte
 def test_an_interrupt_while_episodes_are_collected(tmp_path, uninterrupted):
     _, whole, end = uninterrupted("lora")
     trainer, calls = trainer_of(tmp_path), []
-    sample = trainer.agent.engine.sample
+    step = trainer.agent.engine.step
 
-    def pressed(*args, **kwargs):
-        calls.append(1)
-        if len(calls) == 7:
+    def pressed():
+        calls.append(trainer.update)
+        if calls.count(1) == 3:  # in the midst of the second update's episodes
             raise KeyboardInterrupt
-        return sample(*args, **kwargs)
+        return step()
 
-    trainer.agent.engine.sample = pressed
+    trainer.agent.engine.step = pressed
     assert trainer.fit().interrupted and trainer.update == 1
     again = trainer_of(tmp_path)
     run = again.fit(resume=True)

@@ -27,6 +27,7 @@ html_show_sourcelink = False
 pygments_style = "default"
 nb_execution_mode = "off"
 nb_merge_streams = True
+nb_render_markdown_format = "gfm"    # tables in the outputs of cells, too
 nb_code_prompt_show = "Source"
 nb_code_prompt_hide = "Source"
 myst_enable_extensions = ["attrs_block", "attrs_inline", "colon_fence", "dollarmath"]

@@ -1,0 +1,141 @@
+"""How fast episodes are played, next to the loop of 2024 and to batched `generate`, in one run and in turns.
+
+    python benchmarks/rollout.py --quick
+
+Models are Llama shapes with random weights and a LoRA adapter, on one thread. Environment steps per CPU second of that thread, as ratios to the
+naive loop (one environment, the whole conversation read again at each turn). A round measures each of them once; the ratio shown is the median
+over rounds, the spread is from the lowest to the highest. Then: where this engine's time goes, its cache, and what a turn costs as a conversation grows.
+"""
+
+import argparse
+import statistics
+import sys
+import time
+import warnings
+
+import numpy as np
+import torch
+from workloads import NEW_TOKENS, SIZES, Clock, Naive, agent_of, model_of, table, task_of, tokenizer_of
+
+from llamagym.cache import SlotCache, forward
+from llamagym.config import GenerateConfig
+from llamagym.engine import Engine
+from llamagym.rollout import collect
+
+warnings.filterwarnings("ignore")
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("--quick", action="store_true", help="the 1M model alone, two rounds: under three minutes")
+parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES), help="models (default: all)")
+parser.add_argument("--rounds", type=int, default=3, help="(default: %(default)s)")
+arguments = parser.parse_args()
+if arguments.quick:
+    arguments.sizes, arguments.rounds = ["1M"], 2
+torch.set_num_threads(1)
+
+
+def measure(size: str, name: str, envs: int, rounds: int) -> dict:
+    """One line of the table"""
+    task = task_of(name)
+    agent, naive = agent_of(size, task), Naive(model_of(size), tokenizer_of(size), task)
+    quick = size != "1M"
+    episodes = dict(blackjack=envs if quick else 4 * envs, corridor=envs)[name]
+    played_by = {
+        "engine": lambda r: sum(map(len, collect(agent, episodes=episodes, num_envs=envs, seed=r))),
+        "naive": lambda r: sum(naive.episode(1000 * r + i) for i in range(dict(blackjack=4 if quick else 16, corridor=1)[name])),
+        "generate": lambda r: naive.batch(2000 * r, 16),
+    }
+    rates: dict[str, list[float]] = {who: [] for who in played_by}
+    for r in range(rounds):
+        for who, play in played_by.items():
+            with Clock() as clock:
+                turns = play(r)
+            rates[who].append(turns / clock.cpu)
+    ratios = sorted(a / b for a, b in zip(rates["engine"], rates["naive"]))
+    spent, stats = sum(agent.engine.stats.seconds.values()), agent.engine.stats
+    shares = ", ".join(f"{part} {seconds / spent:.0%}" for part, seconds in stats.seconds.items() if seconds)
+    padding = stats.read_padding / (stats.read_tokens + stats.read_padding)
+    shared = stats.shared_tokens / (stats.shared_tokens + stats.read_tokens)
+    print(f"  {size} {name} x{envs}: {shares}; {padding:.0%} of what was read was padding; {shared:.0%} of new tokens came from the shared prefix", flush=True)
+    return dict(model=size, environment=name, envs=envs, naive=statistics.median(rates["naive"]), generate=statistics.median(rates["generate"]),
+                engine=statistics.median(rates["engine"]), ratio=statistics.median(ratios), low=ratios[0], high=ratios[-1],
+                over=statistics.median(rates["engine"]) / statistics.median(rates["generate"]))  # fmt: skip
+
+
+def floor_of(size: str, rows: int = 32, context: int = 200) -> dict:
+    """A decode step of `rows` conversations, next to its bare matrix products and to attention over the same cache"""
+    model = model_of(size).get_base_model()
+    cache, starts = SlotCache(model.config.num_hidden_layers), np.full(rows, context)
+    weights = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name] + [model.get_output_embeddings().weight]
+    inputs = {w.shape[1]: torch.randn(rows, w.shape[1]) for w in weights}
+    heads, kv_heads, dim = model.config.num_attention_heads, model.config.num_key_value_heads, model.config.hidden_size // model.config.num_attention_heads
+    query, keys = torch.randn(rows, kv_heads, heads // kv_heads, dim), torch.randn(rows, kv_heads, context + 1, dim)
+
+    def step():
+        model.get_output_embeddings()(forward(model, cache, torch.zeros(rows, 1, dtype=torch.long), 0, starts)[:, -1])
+
+    def products():
+        for w in weights:
+            torch.nn.functional.linear(inputs[w.shape[1]], w)
+
+    def attention():
+        attend(query, keys, model.config.num_hidden_layers)
+
+    times = {}
+    with torch.no_grad():
+        for name, run in (("step", step), ("products", products), ("attention", attention)):
+            run()
+            times[name] = min(timed(run) for _ in range(5))
+    return dict(model=size, step=1e3 * times["step"], floor=1e3 * (times["products"] + times["attention"]),
+                share=times["step"] / (times["products"] + times["attention"]))  # fmt: skip
+
+
+def timed(run, *args) -> float:
+    with Clock() as clock:
+        run(*args)
+    return clock.cpu
+
+
+def attend(query: torch.Tensor, keys: torch.Tensor, times: int) -> None:
+    for _ in range(times):
+        torch.nn.functional.scaled_dot_product_attention(query, keys, keys)
+
+
+def growth(turns: int = 40, rows: int = 16) -> None:
+    """Tokens read and time taken by each of forty turns, and the slope over that of attention alone"""
+    task = task_of("corridor", turns)
+    agent = agent_of("1M", task)
+    engine = Engine(agent.policy, (), GenerateConfig(max_new_tokens=NEW_TOKENS))
+    prompt, generator = [[1, 20, 30] for _ in range(rows)], np.random.default_rng(0)
+    contexts, times, reads = [], [], []
+    for _ in range(turns):
+        prompt = [ids + generator.integers(20, 800, 30).tolist() for ids in prompt]
+        before = engine.stats.copy()
+        with Clock() as clock:
+            samples = engine.sample(prompt, [np.random.default_rng(i) for i in range(rows)], keys=list(range(rows)))
+        prompt = [ids + sample.ids for ids, sample in zip(prompt, samples)]
+        contexts.append(len(prompt[0]))
+        times.append(clock.cpu)
+        reads.append((engine.stats - before).read_tokens / rows)
+    slope, offset = np.polyfit(contexts, times, 1)
+    config = agent.policy.causal_lm.config
+    query = torch.randn(rows, config.num_attention_heads, 1, config.hidden_size // config.num_attention_heads)
+    bare = []
+    for context in contexts[:: turns // 8]:
+        keys = torch.randn(rows, config.num_key_value_heads, context, query.shape[-1])
+        bare.append(min(timed(attend, query, keys, config.num_hidden_layers * NEW_TOKENS) for _ in range(3)))
+    bare_slope, _ = np.polyfit(contexts[:: turns // 8], bare, 1)
+    print(f"\n{turns} turns of {rows} conversations side by side: {min(reads[1:]):.0f} to {max(reads[1:]):.0f} tokens read in each; seconds of a turn = "
+          f"{offset:.3f} + {slope * 1e3:.3f} per thousand tokens of context; attention alone over such a cache {bare_slope * 1e3:.3f}, so "
+          f"{slope / bare_slope:.2f} times as steep; cache of {engine.nbytes / 2**20:.0f} MB at {contexts[-1]} tokens a conversation")  # fmt: skip
+
+
+began = time.perf_counter()
+print("Where the time goes:")
+jobs = [("1M", "blackjack", 32), ("1M", "blackjack", 128), ("1M", "corridor", 32), ("14M", "blackjack", 32), ("14M", "corridor", 32), ("135M", "blackjack", 16)]
+lines = [measure(size, name, envs, arguments.rounds if size == "1M" else 1) for size, name, envs in jobs if size in arguments.sizes]
+print("\nEnvironment steps per CPU second, and ratios:")
+print(table(lines, dict(model="", environment="", envs="", naive=".2f", generate=".2f", engine=".1f", ratio=".1f", low=".1f", high=".1f", over=".1f")))
+print("\nMilliseconds of a decode step of 32 conversations of 200 tokens, and of its floor (bare matrix products, attention over the same cache):")
+print(table([floor_of(size) for size in arguments.sizes], dict(model="", step=".1f", floor=".1f", share=".2f")))
+growth()
+print(f"\n{time.perf_counter() - began:.0f} s in all, torch {torch.__version__}, Python {sys.version.split()[0]}")
