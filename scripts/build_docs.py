@@ -3,7 +3,7 @@
 Every notebook becomes a page. Where a notebook exports a definition, the page shows its signature, its parameters with
 their comments, and a link to its source; the code itself is folded away beneath. Nothing is imported or run, and nothing
 is fetched: the modules are read, the notebooks' outputs are shown as they are stored, and mathematics becomes MathML.
-The finished site is checked: every public name has an entry, and every internal link leads somewhere.
+The finished site is checked: every public name has an entry, every internal link leads somewhere, and every table is one.
 """
 
 import argparse
@@ -53,6 +53,9 @@ class Entry:
     returns: Parameter | None = None
     members: list["Entry"] = field(default_factory=list)
     flag: str = ""  # classmethod, staticmethod
+    is_dataclass: bool = False  # the parameters are its fields
+    bases: list[str] = field(default_factory=list)
+    inherited: dict[str, list[str]] = field(default_factory=dict)  # documented base → the names of its members that the class has from it
 
 
 def comments_by_line(source: str) -> dict[int, tuple[str, bool]]:
@@ -74,51 +77,23 @@ class Module:
         self.comments = comments_by_line(self.source)
         self.public: list[str] = []
         self.entries: dict[str, Entry] = {}
+        self.classes: dict[str, Entry] = {}  # private ones too
+        self.functions = {node.name: node for node in self.tree.body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)}
+        self.imports = {alias.asname or alias.name: (node.module.removeprefix(f"{PACKAGE}."), alias.name)
+                        for node in self.tree.body if isinstance(node, ast.ImportFrom) and node.module for alias in node.names}
         for node in self.tree.body:
             for name in assigned_names(node):
                 if name == "__all__":
                     self.public = ast.literal_eval(node.value)
-        self.definitions = {node.name: node for node in self.tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
-        self.classes: dict[str, Entry] = {}
         for node in self.tree.body:
             for entry in self.read(node):
                 if entry.kind == "class":
                     self.classes[entry.name] = entry
-                    self.inherit(entry, node)
                 if entry.name in self.public:
                     self.entries[entry.name] = entry
-            self.attach(node)
-
-    def inherit(self, entry: Entry, node: ast.ClassDef) -> None:
-        "Add what a class has from bases in this module: all of a private one, the names of what a public one documents"
-        for base in filter(None, (self.classes.get(ast.unparse(b)) for b in node.bases)):
-            if not entry.signature:
-                entry.signature, entry.parameters = base.signature, base.parameters
-            own = {member.name.partition(".")[2] for member in entry.members}
-            inherited = [m for m in base.members if m.name.partition(".")[2] not in own]
-            if base.name.startswith("_"):
-                entry.members += [replace(m, name=f"{entry.name}.{m.name.partition('.')[2]}") for m in inherited]
-            else:
-                names = ", ".join(f"`{m.name}`" for m in inherited)
-                entry.doc += f"\n\nBase: `{base.name}`" + (f", with {names}." if names else ".")
-
-    def attach(self, node: ast.stmt) -> None:
-        "Functions that are made methods behind the class: `Policy.save = write_policy`"
-        if not isinstance(node, ast.Assign):
-            return
-        pairs = (
-            zip(node.targets[0].elts, node.value.elts)
-            if isinstance(node.targets[0], ast.Tuple) and isinstance(node.value, ast.Tuple)
-            else [(node.targets[0], node.value)]
-        )
-        for target, value in pairs:
-            static = isinstance(value, ast.Call) and ast.unparse(value.func) == "staticmethod"
-            function = ast.unparse(value.args[0] if static else value)
-            if isinstance(target, ast.Attribute) and ast.unparse(target.value) in self.classes and function in self.definitions:
-                method = self.function(self.definitions[function], "function" if static else "method", ast.unparse(target))
-                method.kind, method.flag, method.parameters = "method", "staticmethod" if static else "", []
-                method.doc += f". The arguments are those of `{function}`"
-                self.classes[ast.unparse(target.value)].members.append(method)
+            if isinstance(node, ast.Assign):
+                for class_name, member in self.attached(node):
+                    self.classes[class_name].members.append(member)
 
     def read(self, node: ast.stmt) -> Iterator[Entry]:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
@@ -132,6 +107,22 @@ class Module:
                 value = ast.unparse(node.value) if node.value else ""
                 yield Entry("data", name, annotation + (f" = {value}" if value and len(value) <= 60 else ""), comment)
 
+    def attached(self, node: ast.Assign) -> Iterator[tuple[str, Entry]]:
+        "Functions that an assignment makes members of a class above it, as in `Policy.load = staticmethod(load_policy)`"
+        for target in node.targets:
+            both = isinstance(target, ast.Tuple) and isinstance(node.value, ast.Tuple)
+            for place, value in zip(target.elts, node.value.elts, strict=True) if both else [(target, node.value)]:
+                if not (isinstance(place, ast.Attribute) and isinstance(place.value, ast.Name)) or place.attr.startswith("_"):
+                    continue
+                wrapper = ""
+                if isinstance(value, ast.Call) and ast.unparse(value.func) in ("staticmethod", "classmethod", "property") and value.args:
+                    wrapper, value = ast.unparse(value.func), value.args[0]
+                if place.value.id in self.classes and isinstance(value, ast.Name) and value.id in self.functions:
+                    member = self.function(self.functions[value.id], "method", f"{place.value.id}.{place.attr}", wrapper)
+                    if value.id in self.public:  # whose own entry says the rest
+                        member.doc, member.parameters, member.returns = f"{member.doc}\n\nSee `{value.id}`.".strip(), [], None
+                    yield place.value.id, member
+
     def comment_of(self, first: int, last: int) -> str:
         "The comment behind a definition, or else the comment lines above it"
         if last in self.comments:
@@ -142,8 +133,8 @@ class Module:
             above.insert(0, self.comments[first][0])
         return " ".join(above)
 
-    def function(self, node: ast.FunctionDef | ast.AsyncFunctionDef, kind: str, name: str) -> Entry:
-        decorators = {ast.unparse(d) for d in node.decorator_list}
+    def function(self, node: ast.FunctionDef | ast.AsyncFunctionDef, kind: str, name: str, wrapper: str = "") -> Entry:
+        decorators = {wrapper, *(ast.unparse(d) for d in node.decorator_list)}
         entry = Entry(kind, name, doc=ast.get_docstring(node) or "")
         if decorators & {"property", "cached_property", "functools.cached_property"}:
             entry.kind = "property"
@@ -188,7 +179,7 @@ class Module:
         return text + ((f" = {value}" if annotation else f"={value}") if value else "")
 
     def class_(self, node: ast.ClassDef) -> Entry:
-        entry = Entry("class", node.name, doc=ast.get_docstring(node) or "")
+        entry = Entry("class", node.name, doc=ast.get_docstring(node) or "", bases=[ast.unparse(base) for base in node.bases])
         dataclass_fields, init = [], None
         is_dataclass = any(ast.unparse(d).split("(")[0] in ("dataclass", "dataclasses.dataclass") for d in node.decorator_list)
         for member in node.body:
@@ -213,11 +204,16 @@ class Module:
             entry.parameters = init.parameters
             entry.doc = "\n\n".join(filter(None, [entry.doc, init.doc]))
         elif is_dataclass:
-            entry.parameters = dataclass_fields
-            entry.signature = f"({', '.join(p.name + ': ' + p.annotation + (' = ' + p.default if p.default else '') for p in dataclass_fields)})"
-            if len(entry.signature) > 400:  # the table beneath says it all, and readably
-                entry.signature = f"({', '.join(p.name + ('=...' if p.default else '') for p in dataclass_fields)})"
+            entry.is_dataclass, entry.parameters, entry.signature = True, dataclass_fields, fields_signature(dataclass_fields)
         return entry
+
+
+def fields_signature(parameters: list[Parameter]) -> str:
+    "How a dataclass is called"
+    signature = f"({', '.join(p.name + ': ' + p.annotation + (' = ' + p.default if p.default else '') for p in parameters)})"
+    if len(signature) > 400:  # the table beneath says it all, and readably
+        return f"({', '.join(p.name + ('=...' if p.default else '') for p in parameters)})"
+    return signature
 
 
 SIGNS = {"above": ">", "at_least": "≥", "below": "<", "at_most": "≤"}
@@ -245,7 +241,56 @@ def assigned_names(node: ast.stmt) -> list[str]:
 
 
 def read_modules(package: Path) -> dict[str, Module]:
-    return {path.stem: Module(path) for path in sorted(package.glob("*.py")) if not path.name.startswith("_")}
+    modules = {path.stem: Module(path) for path in sorted(package.glob("*.py")) if not path.name.startswith("_")}
+    done: dict[str, dict[str, Entry]] = {}
+    for module in modules.values():
+        for entry in module.classes.values():
+            inherit(entry, module, modules, done)
+    return modules
+
+
+def find_class(name: str, module: Module, modules: dict[str, Module]) -> tuple[Entry, Module] | None:
+    "The class of the package that a base's name means in a module, and the module that defines it"
+    stem, name = module.imports.get(name, (module.name.removeprefix(f"{PACKAGE}."), name))
+    return (modules[stem].classes[name], modules[stem]) if stem in modules and name in modules[stem].classes else None
+
+
+def inherit(entry: Entry, module: Module, modules: dict[str, Module], done: dict[str, dict[str, Entry]]) -> dict[str, Entry]:
+    """Give a class what it has from its bases: how it is called, what private bases hold, and the names of what documented ones
+    hold. All members it has then, its own and others'"""
+    if f"{module.name}.{entry.name}" in done:
+        return done[f"{module.name}.{entry.name}"]
+    own = {member.name.split(".")[-1]: member for member in entry.members}
+    held, inherited, bases, entry.bases = dict(own), {}, entry.bases, []
+    done[f"{module.name}.{entry.name}"] = held
+    for name in bases:
+        found = find_class(name, module, modules)
+        if found is None:
+            entry.bases.append(name)
+            continue
+        base, home = found
+        further = inherit(base, home, modules, done)
+        documented = base.name in home.entries
+        entry.bases += [base.name] if documented else base.bases
+        if entry.is_dataclass and base.is_dataclass:
+            entry.parameters = list({p.name: p for p in [*base.parameters, *entry.parameters]}.values())
+            entry.signature = fields_signature(entry.parameters)
+        elif not entry.signature:
+            entry.signature, entry.parameters, entry.is_dataclass = base.signature, base.parameters, base.is_dataclass
+        for short in own.keys() & further.keys():
+            own[short].doc = own[short].doc or further[short].doc
+        owners = {short: owner for owner, shorts in base.inherited.items() for short in shorts}
+        for short, member in further.items():
+            if short in held:
+                continue
+            held[short] = member
+            if short in owners or documented:
+                inherited.setdefault(owners.get(short, f"{home.name}.{base.name}"), []).append(short)
+            else:
+                held[short] = replace(member, name=f"{entry.name}.{short}")
+                entry.members.append(held[short])
+    entry.inherited = inherited
+    return held
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -268,7 +313,11 @@ def escape_cell(text: str) -> str:
 
 
 def code(text: str) -> str:
-    return f"`{escape_cell(text)}`" if text else ""
+    return f"`{text}`" if text else ""
+
+
+def reference(text: str, target: str) -> str:
+    return f"{{py:obj}}`{text} <{target}>`"
 
 
 def entry_markdown(entry: Entry, module: Module, prose, depth: int = 0) -> str:
@@ -283,16 +332,22 @@ def entry_markdown(entry: Entry, module: Module, prose, depth: int = 0) -> str:
         argument = entry.name
         option = (f"\n:type: {annotation[2:]}" if annotation.startswith(": ") else "") + (f"\n:value: {value}" if value else "")
     parts = [f"{fence}{{py:{entry.kind}}} {argument}\n:module: {module.name}{option}\n"]
+    if entry.bases:
+        parts.append(f"Bases: {prose(', '.join(map(code, entry.bases)))}")
     parts.append(prose(entry.doc))
     rows = entry.parameters if any(p.comment for p in entry.parameters) else []
     if rows:
         has_default = any(p.default for p in rows)
         cells = [["parameter", "type", *(["default"] if has_default else []), ""]]
         cells.append(["---"] * len(cells[0]))
-        cells += [[code(p.name), code(p.annotation), *([code(p.default)] if has_default else []), prose(escape_cell(p.comment))] for p in rows]
+        cells += [[code(p.name), code(p.annotation), *([code(p.default)] if has_default else []), p.comment] for p in rows]
+        cells = [[*map(escape_cell, row[:-1]), prose(escape_cell(row[-1]))] for row in cells]
         parts.append("\n".join(f"| {' | '.join(row)} |" for row in cells))
     if entry.returns:
-        parts.append(f"*Returns* `{entry.returns.annotation}`: {prose(entry.returns.comment)}")
+        parts.append(f"*Returns* {code(entry.returns.annotation)}: {prose(entry.returns.comment)}")
+    for owner, names in entry.inherited.items():
+        links = ", ".join(reference(name, f"{owner}.{name}") for name in names)
+        parts.append(f"Inherited from {reference(owner.split('.')[-1], owner)}: {links}")
     parts += [entry_markdown(member, module, prose, depth + 1) for member in entry.members]
     return "\n\n".join(filter(None, parts)) + f"\n{fence}"
 
@@ -313,9 +368,11 @@ class Pages:
         self.targets = {}
         for module in modules.values():
             for entry in module.entries.values():
-                for e in [entry, *entry.members]:
+                named = [(e.name, f"{module.name}.{e.name}") for e in [entry, *entry.members]]
+                named += [(f"{entry.name}.{name}", f"{owner}.{name}") for owner, names in entry.inherited.items() for name in names]
+                for name, target in named:
                     # A name that two modules define is left alone: which one is meant can't be known.
-                    self.targets[e.name] = None if e.name in self.targets else f"{module.name}.{e.name}"
+                    self.targets[name] = None if name in self.targets else target
         self.documented: set[str] = set()
 
     def prose(self, text: str, page: str = "") -> str:
@@ -326,7 +383,7 @@ class Pages:
     def link(self, text: str, page: str) -> str:
         def name(match: re.Match) -> str:
             target = self.targets.get(match[1].removesuffix("()"))
-            return f"{{py:obj}}`{match[1]} <{target}>`" if target else match[0]
+            return reference(match[1], target) if target else match[0]
 
         def notebook(match: re.Match) -> str:
             target = self.pages_by_name.get(posixpath.normpath((Path(page).parent / match[1]).as_posix()))
@@ -517,13 +574,14 @@ class Links(HTMLParser):
 
 
 def check(site: Path, modules: dict[str, Module]) -> list[str]:
-    "Public names without an entry, and internal links that lead nowhere"
-    pages = {page.relative_to(site).as_posix(): Links(page.read_text(encoding="utf-8")) for page in sorted(site.rglob("*.html"))}
+    "Public names and members without an entry, internal links that lead nowhere, and tables that are shown as raw pipes"
+    texts = {page.relative_to(site).as_posix(): page.read_text(encoding="utf-8") for page in sorted(site.rglob("*.html"))}
+    pages = {name: Links(text) for name, text in texts.items()}
     anchors = set().union(*(page.anchors for name, page in pages.items() if not name.startswith("_modules/")))
-    problems = [f"{m.name}.{name} has no entry in the site" for m in modules.values() for name in m.public if f"{m.name}.{name}" not in anchors]
+    named = {f"{m.name}.{name}": None for m in modules.values() for name in [*m.public, *(e.name for c in m.entries.values() for e in c.members)]}
+    problems = [f"{name} has no entry in the site" for name in named if name not in anchors]
+    problems += [f"{name}: a table is shown as the text it is written in" for name, text in texts.items() if re.search(r"<p>\s*\|", text)]
     for name, page in pages.items():
-        if re.search(r"<p>\s*\|", (site / name).read_text(encoding="utf-8")):
-            problems.append(f"{name}: a table is shown as the text it is written in")
         for link in page.links:
             parts = urlsplit(link)
             if parts.scheme or parts.netloc:

@@ -77,10 +77,66 @@ def test_a_table_shown_as_text_is_noticed(built, modules, tmp_path):
 
 def test_what_a_class_inherits_or_is_given_is_shown(modules):
     policy, conversation = modules["policy"].entries["Policy"], modules["chat"].entries["Conversation"]
-    assert policy.signature.startswith("(model: ") and "`PolicyReference.set_reference`" in policy.doc
+    assert policy.signature.startswith("(model: ") and policy.bases == ["PolicyReference"]
+    assert "set_reference" in policy.inherited["llamagym.policy.PolicyReference"]
+    assert "parameters" in policy.inherited["llamagym.policy.PolicyParts"]
     assert {"Policy.load", "Policy.save", "Policy.score"} <= {m.name for m in policy.members}
-    assert next(m for m in policy.members if m.name == "Policy.load").signature.startswith("(name: ")
-    assert "tokenizer" in conversation.signature and not [m for m in conversation.members if "._" in m.name]
+    load = next(m for m in policy.members if m.name == "Policy.load")
+    assert load.signature.startswith("(name: ") and load.flag == "staticmethod" and "See `load_policy`." in load.doc
+    assert "tokenizer" in conversation.signature and "from_dict" in modules["config"].entries["Config"].inherited["llamagym.config.Options"]
+    assert not [m.name for module in modules.values() for entry in module.entries.values() for m in entry.members if "._" in m.name]
+
+
+def test_what_bases_hold_is_read_across_modules(tmp_path):
+    package = tmp_path / "llamagym"
+    package.mkdir()
+    (package / "below.py").write_text('''
+__all__ = ["Open"]
+class _Root:
+    def __init__(self,
+        size: int, # metres
+    ): ...
+    def whole(self): "All of it"
+class Open(_Root):
+    def part(self): "Some of it"
+''')
+    (package / "above.py").write_text('''
+__all__ = ["Top", "write"]
+from .below import Open
+class _Hidden(Open, dict):
+    def secret(self): "Of a private class"
+    _inner = property(lambda self: 0)
+class Top(_Hidden):
+    def part(self): ...
+def write(top: Top, path: str): "To a file"
+def _read(path: str): "From a file"
+Top.save, Top.read = write, staticmethod(_read)
+''')
+    modules = build_docs.read_modules(package)
+    assert [m.name for m in modules["below"].entries["Open"].members] == ["Open.part", "Open.whole"]
+    top = modules["above"].entries["Top"]
+    assert (top.bases, top.signature, top.parameters[0].comment) == (["Open", "dict"], "(size: int)", "metres")
+    assert top.inherited == {"llamagym.below.Open": ["whole"]}
+    assert [(m.name, m.signature, m.flag, m.doc) for m in top.members] == [
+        ("Top.part", "()", "", "Some of it"),
+        ("Top.save", "(path: str)", "", "To a file\n\nSee `write`."),
+        ("Top.read", "(path: str)", "staticmethod", "From a file"),
+        ("Top.secret", "()", "", "Of a private class"),
+    ]
+
+
+def test_a_name_that_a_class_inherits_leads_to_its_entry(modules):
+    pages = build_docs.Pages(ROOT / "nbs", modules, "https://example.org", "main")
+    assert pages.prose("`Policy.load` and `Config.load()`") == (
+        "{py:obj}`Policy.load <llamagym.policy.Policy.load>` and {py:obj}`Config.load() <llamagym.config.Section.load>`"
+    )
+
+
+def test_a_pipe_is_escaped_in_tables_only():
+    module = build_docs.Module(ROOT / "llamagym" / "extras.py")
+    both = build_docs.Parameter("x", "int | None", "", "a | b")
+    text = build_docs.entry_markdown(build_docs.Entry("function", "f", "(x)", parameters=[both], returns=both), module, lambda s: s)
+    assert "| `x` | `int \\| None` | a \\| b |" in text and "*Returns* `int | None`: a | b" in text
 
 
 def test_an_undocumented_module_is_noticed(tmp_path):

@@ -64,7 +64,13 @@ def source_of(app, modname):
                         if isinstance(name, ast.Name):
                             tags[prefix + name.id] = ("other", node.lineno, node.end_lineno)
 
-    visit(ast.parse(source).body, "")
+    body = ast.parse(source).body
+    visit(body, "")
+    # What a class has from a private base has its entry under the class.
+    for node in body:
+        for base in node.bases if isinstance(node, ast.ClassDef) else []:
+            if isinstance(base, ast.Name) and base.id.startswith("_"):
+                tags = {node.name + name.removeprefix(base.id): tag for name, tag in tags.items() if name.startswith(f"{base.id}.")} | tags
     return source, tags
 
 
