@@ -382,7 +382,7 @@ class PPOConfig(Section):
     target_kl: float|None = option(None, "stops the epochs when the KL to the sampling policy passes it, in nats per token", above=0)
     max_grad_norm: float = option(1.0, "longer gradients are scaled down to this norm", above=0)
     token_budget: int = option(8192, "padded tokens per micro-batch: memory, not results", at_least=1)
-    gradient_checkpointing: bool = option(False, "compute the inside of layers again in the backward pass: a third slower, a fraction of the memory")
+    gradient_checkpointing: bool = option(False, "compute the inside of layers again in the backward pass: one more forward pass, a fraction of the memory")
     entropy_coef: float = option(0.0, "weight of the entropy bonus, per token over the vocabulary", at_least=0)
 
     @classmethod

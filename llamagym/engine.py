@@ -181,7 +181,7 @@ class EngineStats:
     shared_tokens: int = 0     # tokens of prompts that were copied from the shared prefix instead
     spoken_tokens: int = 0     # tokens that were sampled
     steps: int = 0             # forward passes after which a token was sampled
-    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(("read", "speak", "draw", "arrange"), 0.0)) # reading prompts, reading one's own tokens, drawing, all else
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(("read", "speak", "draw"), 0.0)) # reading prompts, reading one's own tokens, drawing
 
     def copy(self) -> "EngineStats": return replace(self, seconds=dict(self.seconds))
 
@@ -330,12 +330,12 @@ class EngineSteps:
 
     def _say(self, first: int, hidden: Tensor) -> list[Request]:
         "Draw a token for each speaking row from `first` on; the requests that are answered with it"
-        rows, began, finished = self.table.rows, time.perf_counter(), []
+        rows, began, finished, stops = self.table.rows, time.perf_counter(), [], set(self.stop_ids.tolist())
         self._record(rows.rows[first:rows.speaking], head_logits(self.policy.causal_lm, hidden))
         self.stats.seconds["draw"] += time.perf_counter() - began
         for i in reversed(range(first, rows.speaking)):
             row = rows.rows[i]
-            stopped = row.ids[-1] in self._stops
+            stopped = row.ids[-1] in stops
             if not stopped and len(row.said) < self.config.max_new_tokens: continue
             finished.append(row.request)
             rows.rest(i)
@@ -363,12 +363,11 @@ class EngineSteps:
         rows = [_Row() for _ in batch]
         for row, request in zip(rows, batch): row.take(request, self.now)
         _answer_whole(self.policy, rows, self.stop_ids, self.config.max_new_tokens, self._record)
-        for row, request in zip(rows, batch): row.finish(row.ids[-1] in self._stops); self.queue.remove(request)
+        for row, request in zip(rows, batch): row.finish(row.ids[-1] in self.stop_ids); self.queue.remove(request)
         self.stats.read_tokens += sum(len(request.prompt) for request in batch)
         return batch
 
     stats = property(lambda self: self.table.stats, doc="What was done so far, an `EngineStats`")
-    _stops = property(lambda self: set(self.stop_ids.tolist()))
 
 # %% ../nbs/06_engine.ipynb #3588e176
 class Engine(EngineSteps):
