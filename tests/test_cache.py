@@ -174,11 +174,11 @@ def test_cache_survives_an_interrupt():
     policy = policy_of("llama")
     engine, prompt = engine_of(policy), [1, 20, 21, 22]
     (expected,) = engine.sample([prompt], [None], greedy=True)
-    broken = policy.causal_lm.base_model.forward
-    policy.causal_lm.base_model.forward = lambda *args, **kwargs: (_ for _ in ()).throw(KeyboardInterrupt)
+    embeddings = policy.causal_lm.get_input_embeddings()
+    embeddings.forward = lambda *args, **kwargs: (_ for _ in ()).throw(KeyboardInterrupt)
     with pytest.raises(KeyboardInterrupt):
         engine.sample([prompt + [30]], [None], greedy=True, keys=["a"])
-    policy.causal_lm.base_model.forward = broken
+    del embeddings.forward
     assert not engine.busy and engine.sample([prompt], [None], greedy=True)[0].ids == expected.ids
 
 
