@@ -158,14 +158,20 @@ def _flatten(episodes: Sequence[Episode], complete: bool) -> dict[str, Any]:
 def pack(
     lengths: np.ndarray,  # int [R] ids of each row
     token_budget: int,    # rows times longest row that a group may have; a single row may be longer
+    group_cost: int = 256, # padding that is worth another group: what a forward and a backward pass cost beside their tokens
 ) -> list[np.ndarray]:    # indices of rows, each in exactly one group
-    "Group rows of like length, longest first, so that little is padding"
+    "Group rows of like length, longest first: of all such groupings, the one with the least padding and the fewest groups"
     if token_budget < 1: raise ValueError(f"token_budget={token_budget}: expected at least 1")
-    order, groups = np.argsort(-lengths, kind="stable"), []
-    while len(order):
-        n = max(1, token_budget//max(1, lengths[order[0]]))
-        groups.append(order[:n])
-        order = order[n:]
+    order, count = np.argsort(-lengths, kind="stable"), len(lengths)
+    cost, begin = np.full(count + 1, np.inf), np.zeros(count + 1, dtype=np.int64)    # of the rows before each, and where their last group begins
+    cost[0] = 0
+    for i, longest in enumerate(lengths[order]):
+        sizes = np.arange(1, min(max(1, token_budget//max(1, longest)), count - i) + 1)
+        through = cost[i] + sizes * longest + group_cost
+        better = through < cost[i + sizes]
+        cost[i + sizes[better]], begin[i + sizes[better]] = through[better], i
+    groups = []
+    while count: groups, count = [order[begin[count]:count], *groups], begin[count]
     return groups
 
 # %% ../nbs/03_batch.ipynb #f3458ecd

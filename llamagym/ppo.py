@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KEPT_NUMBERS', 'AT_ONCE', 'STATS', 'policy_loss', 'value_loss', 'exact_kl', 'k2_kl', 'adapt_kl_coef', 'Reference',
-           'annotate', 'StatLog', 'NonFiniteLoss', 'PPO']
+           'annotate', 'TokenTerms', 'StatLog', 'NonFiniteLoss', 'PPO']
 
 # %% ../nbs/07_ppo.ipynb #d78993ad
 import copy
@@ -141,12 +141,42 @@ def annotate(
     for episode, value in zip(cut, final_values): episode.final_value = value
     return reference
 
-# %% ../nbs/07_ppo.ipynb #ea768621
+# %% ../nbs/07_ppo.ipynb #6c011df0
+class TokenTerms(torch.autograd.Function):
+    "Log-probability, entropy and exact KL to the reference of sampled tokens, [N] nats each, from logits [N, V] with gradient"
+    @staticmethod
+    def forward(ctx,
+        logits: Tensor,       # [N, V]
+        token_ids: Tensor,    # int64 [N]
+        ref_log_dist: Tensor, # [N, V] nats, of the reference
+        temperature: float,   # that the logits are divided by
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        "Two passes over the vocabulary"
+        log_dist = (logits / temperature).log_softmax(-1)
+        dist = log_dist.exp()
+        entropy = -torch.linalg.vecdot(dist, log_dist)
+        kl = -entropy - torch.linalg.vecdot(dist, ref_log_dist)
+        ctx.save_for_backward(dist, log_dist, token_ids, ref_log_dist, entropy, kl)
+        ctx.temperature = temperature
+        return log_dist.gather(-1, token_ids[:, None]).squeeze(-1), entropy, kl
+
+    @staticmethod
+    def backward(ctx,
+        by_logprob: Tensor, by_entropy: Tensor, by_kl: Tensor, # [N] derivatives of the loss
+    ) -> tuple[Tensor | None, ...]:
+        "One more"
+        dist, log_dist, token_ids, ref_log_dist, entropy, kl = ctx.saved_tensors
+        a, h, k = (d / ctx.temperature for d in (by_logprob, by_entropy, by_kl))
+        grad = log_dist * (k - h)[:, None]
+        grad.addcmul_(ref_log_dist, -k[:, None]).sub_((a + h * entropy + k * kl)[:, None]).mul_(dist)
+        return grad.scatter_add_(-1, token_ids[:, None], a[:, None]), None, None, None
+
+# %% ../nbs/07_ppo.ipynb #cd0ce43c
 def _distribution_terms(policy: Policy, temperature: float, known: bool, hidden: Tensor, token_ids: Tensor, reference: Tensor) -> tuple[Tensor, ...]:
     "Log-probability, entropy, KL to the reference and the reference's log-probability, [N] nats each; `reference` is distributions if they are `known`, else states"
-    score = policy.score_hidden(hidden, token_ids, temperature)
     ref_log_dist = reference if known else _reference_log_dist(policy, reference, temperature)
-    return score.logprobs, score.entropy, exact_kl(score.log_dist, ref_log_dist), ref_log_dist.gather(-1, token_ids[:, None]).squeeze(-1)
+    terms = TokenTerms.apply(policy.logits(hidden), token_ids, ref_log_dist, temperature)
+    return *terms, ref_log_dist.gather(-1, token_ids[:, None]).squeeze(-1)
 
 def _in_pieces(function: Callable[..., tuple[Tensor, ...]], size: int, *tensors: Tensor) -> tuple[Tensor, ...]:
     "`function` of tensors that are cut to `size`; in the backward pass each piece is computed again, so that one is held at a time"
