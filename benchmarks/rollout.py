@@ -17,8 +17,9 @@ import numpy as np
 import torch
 from workloads import NEW_TOKENS, SIZES, Clock, Naive, agent_of, model_of, table, task_of, tokenizer_of
 
-from llamagym.cache import SlotCache, forward
+from llamagym.cache import SlotCache
 from llamagym.config import GenerateConfig
+from llamagym.decoder import reader_of
 from llamagym.engine import Engine
 from llamagym.rollout import collect
 
@@ -37,11 +38,10 @@ def measure(size: str, name: str, envs: int, rounds: int) -> dict:
     """One line of the table"""
     task = task_of(name)
     agent, naive = agent_of(size, task), Naive(model_of(size), tokenizer_of(size), task)
-    quick = size != "1M"
-    episodes = dict(blackjack=envs if quick else 4 * envs, corridor=envs)[name]
+    episodes = dict(blackjack=8 * envs if size == "1M" else 4 * envs, corridor=envs)[name]
     played_by = {
         "engine": lambda r: sum(map(len, collect(agent, episodes=episodes, num_envs=envs, seed=r))),
-        "naive": lambda r: sum(naive.episode(1000 * r + i) for i in range(dict(blackjack=4 if quick else 16, corridor=1)[name])),
+        "naive": lambda r: sum(naive.episode(1000 * r + i) for i in range(dict(blackjack=16 if size == "1M" else 6, corridor=1)[name])),
         "generate": lambda r: naive.batch(2000 * r, 16),
     }
     rates: dict[str, list[float]] = {who: [] for who in played_by}
@@ -55,38 +55,40 @@ def measure(size: str, name: str, envs: int, rounds: int) -> dict:
     shares = ", ".join(f"{part} {seconds / spent:.0%}" for part, seconds in stats.seconds.items() if seconds)
     padding = stats.read_padding / (stats.read_tokens + stats.read_padding)
     shared = stats.shared_tokens / (stats.shared_tokens + stats.read_tokens)
-    print(f"  {size} {name} x{envs}: {shares}; {padding:.0%} of what was read was padding; {shared:.0%} of new tokens came from the shared prefix", flush=True)
+    speaking = stats.spoken_tokens / (stats.steps * envs)
+    print(f"  {size} {name} x{envs}, {episodes} episodes: {shares}; {padding:.0%} of what was read was padding; {shared:.0%} of new tokens came from the "
+          f"shared prefix; {speaking:.0%} of the slots were speaking", flush=True)  # fmt: skip
     return dict(model=size, environment=name, envs=envs, naive=statistics.median(rates["naive"]), generate=statistics.median(rates["generate"]),
                 engine=statistics.median(rates["engine"]), ratio=statistics.median(ratios), low=ratios[0], high=ratios[-1],
                 over=statistics.median(rates["engine"]) / statistics.median(rates["generate"]))  # fmt: skip
 
 
 def floor_of(size: str, rows: int = 32, context: int = 200) -> dict:
-    """A decode step of `rows` conversations, next to its bare matrix products and to attention over the same cache"""
+    """A decode step of `rows` conversations, next to its bare matrix products and to reading the same cache once"""
     model = model_of(size).get_base_model()
-    cache, starts = SlotCache(model.config.num_hidden_layers), np.full(rows, context)
-    weights = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name] + [model.get_output_embeddings().weight]
-    inputs = {w.shape[1]: torch.randn(rows, w.shape[1]) for w in weights}
-    heads, kv_heads, dim = model.config.num_attention_heads, model.config.num_key_value_heads, model.config.hidden_size // model.config.num_attention_heads
-    query, keys = torch.randn(rows, kv_heads, heads // kv_heads, dim), torch.randn(rows, kv_heads, context + 1, dim)
+    cache, starts, reader = SlotCache(model.config.num_hidden_layers), np.full(rows, context), reader_of(model)
+    weights = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name and "lora" not in name]
+    inputs = {w.shape[1]: torch.randn(rows, w.shape[1]) for w in weights + [model.get_output_embeddings().weight]}
 
     def step():
-        model.get_output_embeddings()(forward(model, cache, torch.zeros(rows, 1, dtype=torch.long), 0, starts)[:, -1])
+        last = torch.zeros(rows, dtype=torch.long)
+        reader.logits(reader.read(cache, torch.zeros(rows, 1, dtype=torch.long), 1, starts, last))
 
     def products():
-        for w in weights:
+        for w in [*weights, model.get_output_embeddings().weight]:
             torch.nn.functional.linear(inputs[w.shape[1]], w)
 
-    def attention():
-        attend(query, keys, model.config.num_hidden_layers)
+    def read():
+        for states in cache.tables():
+            states[1 : rows + 1, :, : context + 1].sum()
 
     times = {}
     with torch.no_grad():
-        for name, run in (("step", step), ("products", products), ("attention", attention)):
+        for name, run in (("step", step), ("products", products), ("read", read)):
             run()
-            times[name] = min(timed(run) for _ in range(5))
-    return dict(model=size, step=1e3 * times["step"], floor=1e3 * (times["products"] + times["attention"]),
-                share=times["step"] / (times["products"] + times["attention"]))  # fmt: skip
+            times[name] = min(timed(run) for _ in range(7))
+    floor = times["products"] + times["read"]
+    return dict(model=size, step=1e3 * times["step"], products=1e3 * times["products"], read=1e3 * times["read"], ratio=times["step"] / floor)
 
 
 def timed(run, *args) -> float:
@@ -95,9 +97,11 @@ def timed(run, *args) -> float:
     return clock.cpu
 
 
-def attend(query: torch.Tensor, keys: torch.Tensor, times: int) -> None:
+def attend(query: torch.Tensor, tables: list[torch.Tensor], context: int, times: int) -> None:
+    """Attention alone, of one query a row, over the rows of a cache"""
     for _ in range(times):
-        torch.nn.functional.scaled_dot_product_attention(query, keys, keys)
+        for keys, values in zip(tables[::2], tables[1::2]):
+            torch.nn.functional.scaled_dot_product_attention(query, keys[1 : len(query) + 1, :, :context], values[1 : len(query) + 1, :, :context])
 
 
 def growth(turns: int = 40, rows: int = 16) -> None:
@@ -121,21 +125,20 @@ def growth(turns: int = 40, rows: int = 16) -> None:
     query = torch.randn(rows, config.num_attention_heads, 1, config.hidden_size // config.num_attention_heads)
     bare = []
     for context in contexts[:: turns // 8]:
-        keys = torch.randn(rows, config.num_key_value_heads, context, query.shape[-1])
-        bare.append(min(timed(attend, query, keys, config.num_hidden_layers * NEW_TOKENS) for _ in range(3)))
+        bare.append(min(timed(attend, query, engine.table.cache.tables(), context, NEW_TOKENS) for _ in range(3)))
     bare_slope, _ = np.polyfit(contexts[:: turns // 8], bare, 1)
     print(f"\n{turns} turns of {rows} conversations side by side: {min(reads[1:]):.0f} to {max(reads[1:]):.0f} tokens read in each; seconds of a turn = "
-          f"{offset:.3f} + {slope * 1e3:.3f} per thousand tokens of context; attention alone over such a cache {bare_slope * 1e3:.3f}, so "
+          f"{offset:.3f} + {slope * 1e3:.3f} per thousand tokens of context; attention alone over the same cache {bare_slope * 1e3:.3f}, so "
           f"{slope / bare_slope:.2f} times as steep; cache of {engine.nbytes / 2**20:.0f} MB at {contexts[-1]} tokens a conversation")  # fmt: skip
 
 
 began = time.perf_counter()
 print("Where the time goes:")
-jobs = [("1M", "blackjack", 32), ("1M", "blackjack", 128), ("1M", "corridor", 32), ("14M", "blackjack", 32), ("14M", "corridor", 32), ("135M", "blackjack", 16)]
+jobs = [("1M", "blackjack", 32), ("1M", "blackjack", 128), ("1M", "corridor", 32), ("14M", "blackjack", 32), ("14M", "corridor", 32), ("135M", "blackjack", 32)]
 lines = [measure(size, name, envs, arguments.rounds if size == "1M" else 1) for size, name, envs in jobs if size in arguments.sizes]
 print("\nEnvironment steps per CPU second, and ratios:")
 print(table(lines, dict(model="", environment="", envs="", naive=".2f", generate=".2f", engine=".1f", ratio=".1f", low=".1f", high=".1f", over=".1f")))
-print("\nMilliseconds of a decode step of 32 conversations of 200 tokens, and of its floor (bare matrix products, attention over the same cache):")
-print(table([floor_of(size) for size in arguments.sizes], dict(model="", step=".1f", floor=".1f", share=".2f")))
+print("\nMilliseconds of a decode step of 32 conversations of 200 tokens, and of its floor (the bare matrix products, reading the same cache once):")
+print(table([floor_of(size) for size in arguments.sizes], dict(model="", step=".1f", products=".1f", read=".1f", ratio=".2f")))
 growth()
 print(f"\n{time.perf_counter() - began:.0f} s in all, torch {torch.__version__}, Python {sys.version.split()[0]}")

@@ -37,7 +37,8 @@ def draw(
     block: int = 128,      # ids that are added up together
 ) -> Tensor: # [N] ids
     "Sample by inverting the cumulative distribution: the first id at which it exceeds `uniform`"
-    blocks = F.pad(probabilities, (0, -probabilities.shape[-1] % block)).unflatten(-1, (-1, block))
+    if missing := -probabilities.shape[-1] % block: probabilities = F.pad(probabilities, (0, missing))
+    blocks = probabilities.unflatten(-1, (-1, block))
     sums = blocks.sum(-1).double()
     mass = sums.cumsum(-1)
     goal = uniform * mass[:, -1]
@@ -356,9 +357,9 @@ class EngineSteps:
         return finished
 
     def _record(self, rows: list[_Row], logits: Tensor) -> None:
-        "Draw from logits [N, V] and record what was drawn"
+        "Draw from logits [N, V], which are used up, and record what was drawn"
         logits = logits.float()
-        if self.config.temperature != 1: logits = logits / self.config.temperature
+        if self.config.temperature != 1: logits.div_(self.config.temperature)
         if self.truncate and self.config.top_k: logits = TopKLogitsWarper(self.config.top_k)(None, logits)
         if self.truncate and self.config.top_p < 1: logits = TopPLogitsWarper(self.config.top_p)(None, logits)
         requests = [row.request for row in rows]

@@ -12,7 +12,7 @@ from llamagym.agent import Agent
 from llamagym.config import Config, LoRAConfig
 from llamagym.policy import Policy
 from llamagym.task import Task, frozen_lake
-from llamagym.tiny import tiny_model, tiny_tokenizer
+from llamagym.tiny import tiny_config, tiny_model, tiny_tokenizer
 from walks import Walk
 
 KINDS = ("plain", "lora", "nf4")
@@ -26,6 +26,11 @@ def make_policy(kind: str, name: str = "tiny", shaken: bool = True, **kwargs) ->
     if kind != "plain" and shaken:
         shake(policy.parameters())
     return policy
+
+
+def windows(families) -> list[tuple[str, int | None]]:
+    """Families with the attention windows to try: their own, one short of most rows, and one beyond all"""
+    return [(f, w) for f in families for w in (None, 40, 4096) if w is None or getattr(tiny_config(f), "sliding_window", None)]
 
 
 def shake(parameters, scale: float = 0.02, seed: int = 0) -> None:

@@ -317,6 +317,21 @@ def test_pack(lengths, budget):
 
 
 @fast
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=8), st.integers(1, 200), st.integers(0, 60))
+def test_pack_oracle(lengths, budget, group_cost):
+    """No way to cut the rows in their order costs less"""
+
+    def cost(groups):
+        over = any(len(g) > 1 and len(g) * max(g) > budget for g in groups)
+        return np.inf if over else sum(len(g) * max(g) + group_cost for g in groups)
+
+    ordered, found = sorted(lengths, reverse=True), pack(np.array(lengths), budget, group_cost)
+    cuts = [[i + 1 for i in range(len(lengths) - 1) if bits >> i & 1] for bits in range(2 ** (len(lengths) - 1))]
+    best = min(cost([ordered[a:b] for a, b in zip([0, *cut], [*cut, len(lengths)])]) for cut in cuts)
+    assert cost([[lengths[i] for i in g] for g in found]) == best
+
+
+@fast
 @given(st.integers(0, 10**6))
 def test_pad(seed):
     batch = Batch.from_episodes(some_episodes(seed))

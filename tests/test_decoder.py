@@ -3,13 +3,13 @@
 import numpy as np
 import pytest
 import torch
-from doubles import KINDS, make_policy, shake
+from doubles import KINDS, make_policy, shake, windows
 from peft import LoraConfig
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import llamagym.decoder
 from llamagym.cache import SlotCache
-from llamagym.decoder import Decoder, Joined, ModelReader, reader_of
+from llamagym.decoder import Decoder, Joined, ModelReader, OneQuery, cut_length, reader_of
 from llamagym.policy import Policy
 from llamagym.tiny import FAMILIES, tiny_config, tiny_model, tiny_tokenizer
 
@@ -38,12 +38,9 @@ def gap(policy: Policy, reader, shared: int = 20, lengths=(90, 61, 35), pieces: 
     return worst
 
 
-@pytest.mark.parametrize("family", DECODED)
-@pytest.mark.parametrize("window", [None, 40, 4096])
+@pytest.mark.parametrize(("family", "window"), windows(DECODED))
 def test_decoder_oracle(family, window):
     """Each family that is decoded: with an attention window short of the rows and beyond them, trained whole"""
-    if window is not None and getattr(tiny_config(family), "sliding_window", None) is None:
-        pytest.skip("its layers have no window")
     policy = Policy(tiny_model(family, **({} if window is None else dict(sliding_window=window))), tiny_tokenizer())
     shake(policy.parameters())
     reader = reader_of(policy.causal_lm)
@@ -113,3 +110,30 @@ def test_decoder_notices_a_layer_that_does_something_else():
         policy = Policy(model, tiny_tokenizer())
         assert gap(policy, reader_of(model)) < 5e-5
     assert Joined([torch.nn.Tanh()], merge=True).weight is None
+
+
+@pytest.mark.parametrize("shared", [0, 8])
+def test_decoder_oracle_of_ragged_attention(shared):
+    """Whatever the lengths, and wherever the batch is cut: attention of each row alone"""
+    generator, (kv, group, dim) = np.random.default_rng(0), (2, 3, 4)
+    for _ in range(50):
+        lengths = shared + np.ceil(generator.exponential(30, size=generator.integers(1, 12))).astype(int)
+        n, longest = len(lengths), int(lengths.max())
+        query, keys, values = (torch.randn(n, kv, k, dim) for k in (group, longest, longest))
+        keys[:, :, :shared], values[:, :, :shared] = keys[0, :, :shared], values[0, :, :shared]
+        mask = torch.zeros(n, 1, 1, longest).masked_fill(torch.arange(longest) >= torch.tensor(lengths)[:, None, None, None], -torch.inf)
+        got = OneQuery(mask, lengths, shared)(query, keys, values, keys[0, :, :shared], values[0, :, :shared])
+        for i, length in enumerate(lengths):
+            scores = torch.einsum("hgd,hkd->hgk", query[i].double(), keys[i, :, :length].double())
+            assert (got[i] - torch.einsum("hgk,hkd->hgd", scores.softmax(-1), values[i, :, :length].double())).abs().max() < 1e-5
+
+
+def test_decoder_cuts_where_least_is_read():
+    """Against every cut there is"""
+    generator = np.random.default_rng(0)
+    for _ in range(200):
+        lengths = np.ceil(generator.exponential(30, size=generator.integers(1, 12))).astype(int)
+        cost = {cut: len(lengths) * cut + 3 * int((lengths > cut).sum()) * (lengths.max() - cut) for cut in lengths.tolist()}
+        cut, longer = cut_length(lengths)
+        assert longer.tolist() == [i for i, n in enumerate(lengths) if n > cut]
+        assert cost[cut] == min(cost.values()) or (cut == lengths.max() and min(cost.values()) >= 0.9 * cost[cut])
