@@ -15,13 +15,14 @@ import warnings
 
 import numpy as np
 import torch
-from workloads import NEW_TOKENS, SIZES, Clock, Naive, agent_of, model_of, table, task_of, tokenizer_of
+from workloads import NEW_TOKENS, SIZES, Clock, Meter, Naive, agent_of, model_of, table, task_of, tokenizer_of
 
 from llamagym.cache import SlotCache
 from llamagym.config import GenerateConfig
 from llamagym.decoder import reader_of
 from llamagym.engine import Engine
 from llamagym.rollout import collect
+from llamagym.task import TextEnv
 
 warnings.filterwarnings("ignore")
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -51,8 +52,11 @@ def measure(size: str, name: str, envs: int, rounds: int) -> dict:
                 turns = play(r)
             rates[who].append(turns / clock.cpu)
     ratios = sorted(a / b for a, b in zip(rates["engine"], rates["naive"]))
-    spent, stats = sum(agent.engine.stats.seconds.values()), agent.engine.stats
-    shares = ", ".join(f"{part} {seconds / spent:.0%}" for part, seconds in stats.seconds.items() if seconds)
+    before = agent.engine.stats.copy()
+    with Meter(environments=[(TextEnv, name) for name in ("send_reset", "send", "receive")]) as meter:
+        collect(agent, episodes=episodes, num_envs=envs, seed=rounds)
+    stats = agent.engine.stats - before
+    shares = meter.shares("bookkeeping", **stats.seconds)
     padding = stats.read_padding / (stats.read_tokens + stats.read_padding)
     shared = stats.shared_tokens / (stats.shared_tokens + stats.read_tokens)
     speaking = stats.spoken_tokens / (stats.steps * envs)

@@ -4,22 +4,25 @@
 
 Models are Llama shapes with random weights and a LoRA adapter, on one thread; four epochs, optimiser steps of about sixteen turns. The naive update
 trains a row per turn with the whole history in front, logits at every position. Turns trained per CPU second of that thread; a ratio is the median
-over rounds, with the lowest and the highest. Then episodes per second of rollouts and updates together, four iterations, against TRL's
-`GRPOTrainer` with a `rollout_func`, and the memory that each update needs.
+over rounds, with the lowest and the highest. Then episodes per second of rollouts and updates together, against TRL's
+`GRPOTrainer` with a `rollout_func`; and the memory that an update needs.
 """
 
 import argparse
+import resource
 import statistics
+import subprocess
 import sys
-import threading
 import time
 import warnings
 
 import psutil
 import torch
+from torch.profiler import ProfilerActivity, profile
 from trl_loop import trl_loop
-from workloads import Clock, NaiveUpdate, agent_of, model_of, naive_rows, table, task_of
+from workloads import Clock, Meter, NaiveUpdate, agent_of, model_of, naive_rows, table, task_of
 
+import llamagym.ppo
 from llamagym.rollout import collect
 
 warnings.filterwarnings("ignore")
@@ -27,6 +30,7 @@ parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.R
 parser.add_argument("--quick", action="store_true", help="the 1M model alone: under three minutes")
 parser.add_argument("--sizes", nargs="+", choices=["1M", "14M"], default=["1M", "14M"], help="models (default: both)")
 parser.add_argument("--rounds", type=int, default=3, help="(default: %(default)s)")
+parser.add_argument("--memory", nargs=2, help=argparse.SUPPRESS)
 arguments = parser.parse_args()
 if arguments.quick:
     arguments.sizes, arguments.rounds = ["1M"], 2
@@ -34,50 +38,64 @@ torch.set_num_threads(1)
 EPISODES = dict(blackjack=48, corridor=4)  # of an update
 
 
-class Peak(threading.Thread):
-    """The most memory that a block needs beyond what was there before it, in MB"""
+def peak_memory(who: str, count: int) -> None:
+    """Print the memory of this process, in MB: with a model, and at its highest in an epoch of some 20-turn episodes"""
+    agent, naive = agent_of("1M", task_of("corridor"), ppo__epochs=1), NaiveUpdate(model_of("1M"), epochs=1)
+    before = psutil.Process().memory_info().rss
+    episodes = collect(agent, episodes=count, num_envs=count)
+    if who == "this":
+        agent.learner.learn(episodes)
+    else:
+        naive.step(naive_rows(episodes))
+    print(before / 2**20, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10)
 
-    def __init__(self):
-        super().__init__(daemon=True)
-        self.process, self.going, self.mb = psutil.Process(), True, 0.0
 
-    def run(self):
-        while self.going:
-            self.mb = max(self.mb, (self.process.memory_info().rss - self.before) / 2**20)
-            time.sleep(0.01)
+def memory() -> list[dict]:
+    """Each update's in a process of its own, side by side"""
+    jobs, command = [("naive", 1), ("this", 1), ("this", 4)], [sys.executable, __file__, "--memory"]
+    running = [subprocess.Popen([*command, who, str(count)], stdout=subprocess.PIPE, text=True) for who, count in jobs]
+    lines = []
+    for (who, count), process in zip(jobs, running):
+        before, peak = map(float, process.communicate()[0].split())
+        lines.append(dict(update=who, episodes=count, model=before, peak=peak, beyond=peak - before))
+    return lines
 
-    def __enter__(self):
-        self.before = self.process.memory_info().rss
-        self.start()
-        return self
 
-    def __exit__(self, *_):
-        self.going = False
-        self.join()
+def where(agent, episodes) -> str:
+    """Where the time of an update goes"""
+    parts = dict(reference=[(llamagym.ppo, "annotate")], backward=[(torch.Tensor, "backward")], optimiser=[(torch.optim.AdamW, "step")])
+    with Meter(**parts, forward=[(llamagym.ppo, "_loss_terms")]) as meter:
+        agent.learner.learn(episodes)
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        agent.learner.learn(episodes)
+    spent = {event.key: event.self_cpu_time_total for event in profiler.key_averages()}
+    products = sum(t for key, t in spent.items() if key in ("aten::mm", "aten::addmm", "aten::bmm")) / sum(spent.values())
+    attention = sum(t for key, t in spent.items() if "attention" in key) / sum(spent.values())
+    return f"{meter.shares('bookkeeping')}; of all that, matrix products {products:.0%} and attention {attention:.0%}"
 
 
 def measure(size: str, name: str, rounds: int) -> dict:
     """One line of the table"""
     agent = agent_of(size, task_of(name), ppo__epochs=4, ppo__mini_batch_size=16)
-    naive, rates, peaks = NaiveUpdate(model_of(size)), {"this": [], "naive": []}, {}
+    naive, rates = NaiveUpdate(model_of(size)), {"this": [], "naive": []}
     for r in range(rounds):
         episodes = collect(agent, episodes=EPISODES[name], num_envs=EPISODES[name], seed=r)
         turns = sum(map(len, episodes))
-        rows = naive_rows(episodes) if name == "blackjack" else naive_rows(episodes[:1])[1::2]  # every other turn of an episode: it takes its time
+        rows = naive_rows(episodes) if name == "blackjack" else naive_rows(episodes[:1])[5::7]  # all are padded to the last
         steps = [rows[i : i + 16] for i in range(0, len(rows), 16)]
         for who, count, learn in (("this", turns, lambda e=episodes: agent.learner.learn(e)), ("naive", len(rows), lambda s=steps: [naive.step(r) for r in s])):
-            with Peak() as peak, Clock() as clock:
+            with Clock() as clock:
                 learn()
             rates[who].append(count / clock.cpu)
-            peaks[who] = max(peaks.get(who, 0.0), peak.mb)
+    print(f"  {size} {name}: {where(agent, episodes[:48:2])}", flush=True)
     ratios = sorted(a / b for a, b in zip(rates["this"], rates["naive"]))
     return dict(model=size, environment=name, naive=statistics.median(rates["naive"]), this=statistics.median(rates["this"]), ratio=statistics.median(ratios),
-                low=ratios[0], high=ratios[-1], naive_mb=peaks["naive"], this_mb=peaks["this"])  # fmt: skip
+                low=ratios[0], high=ratios[-1])  # fmt: skip
 
 
 def whole_loop(size: str, name: str, iterations: int = 4, episodes: int = 16) -> dict:
     """Episodes per second of rollouts and updates together"""
-    episodes = episodes if name == "blackjack" else 2 if arguments.quick else 4
+    episodes = episodes if name == "blackjack" else 4
     agent = agent_of(size, task_of(name), ppo__epochs=4, ppo__mini_batch_size=1000)  # one optimiser step an epoch, as TRL's
     with Clock() as clock:
         for i in range(iterations):
@@ -87,10 +105,16 @@ def whole_loop(size: str, name: str, iterations: int = 4, episodes: int = 16) ->
     return dict(model=size, environment=name, episodes=iterations * episodes, trl=theirs, this=ours, ratio=ours / theirs)
 
 
+if arguments.memory:
+    sys.exit(peak_memory(arguments.memory[0], int(arguments.memory[1])))
 began = time.perf_counter()
+print("Where the time goes:")
 lines = [measure(size, name, arguments.rounds if size == "1M" else 1) for size in arguments.sizes for name in EPISODES]
-print("Turns trained per CPU second, ratios, and the most memory an update needs beyond what was there (MB):")
-print(table(lines, dict(model="", environment="", naive=".2f", this=".1f", ratio=".1f", low=".1f", high=".1f", naive_mb=".0f", this_mb=".0f")), flush=True)
-print("\nRollouts and updates together, episodes per CPU second, four iterations:")
-print(table([whole_loop("1M", name) for name in EPISODES], dict(model="", environment="", episodes="", trl=".2f", this=".2f", ratio=".1f")))
+print("\nTurns trained per CPU second, and ratios:")
+print(table(lines, dict(model="", environment="", naive=".2f", this=".1f", ratio=".1f", low=".1f", high=".1f")), flush=True)
+print("\nMemory of a process that trains on 20 turns (MB): with the model, at its highest, and the difference")
+print(table(memory(), dict(update="", episodes="", model=".0f", peak=".0f", beyond=".0f")), flush=True)
+iterations = 2 if arguments.quick else 4
+print(f"\nRollouts and updates together, episodes per CPU second, {iterations} iterations:")
+print(table([whole_loop("1M", name, iterations) for name in EPISODES], dict(model="", environment="", episodes="", trl=".2f", this=".2f", ratio=".1f")))
 print(f"\n{time.perf_counter() - began:.0f} s in all, torch {torch.__version__}, Python {sys.version.split()[0]}")

@@ -160,6 +160,44 @@ class Clock:
         self.cpu, self.wall = self.cpu + time.process_time(), self.wall + time.perf_counter()
 
 
+class Meter:
+    """Wall seconds inside of some functions, while the block runs: `Meter(env=[(TextEnv, "send")])`; of nested ones the outer counts"""
+
+    def __init__(self, **parts: list[tuple[object, str]]):
+        self.parts, self.seconds, self.inside = parts, dict.fromkeys(parts, 0.0), False
+
+    def timed(self, part: str, function):
+        def call(*args, **kwargs):
+            if self.inside:
+                return function(*args, **kwargs)
+            self.inside, began = True, time.perf_counter()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self.inside = False
+                self.seconds[part] += time.perf_counter() - began
+
+        return call
+
+    def __enter__(self):
+        self.own = [(owner, name, getattr(owner, name)) for places in self.parts.values() for owner, name in places]
+        for part, places in self.parts.items():
+            for owner, name in places:
+                setattr(owner, name, self.timed(part, getattr(owner, name)))
+        self.whole = -time.perf_counter()
+        return self
+
+    def __exit__(self, *_):
+        self.whole += time.perf_counter()
+        for owner, name, function in self.own:
+            setattr(owner, name, function)
+
+    def shares(self, rest: str, **known: float) -> str:
+        """What share of the block each part took; what is left is called `rest`"""
+        parts = self.seconds | known
+        return ", ".join(f"{part} {seconds / self.whole:.0%}" for part, seconds in (parts | {rest: self.whole - sum(parts.values())}).items())
+
+
 def table(rows: list[dict], columns: dict[str, str]) -> str:
     """Rows as aligned text; `columns` maps names to formats"""
     cells = [list(columns)] + [[format(row[name], spec) if name in row else "" for name, spec in columns.items()] for row in rows]

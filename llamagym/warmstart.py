@@ -25,6 +25,7 @@ from .config import WarmstartConfig
 from .credit import return_to_go
 from .extras import require
 from .policy import Policy
+from .rows import read_rows
 
 # %% ../nbs/11_warmstart.ipynb #9ec80f02
 def from_messages(
@@ -88,21 +89,15 @@ def _columns(agent: Agent, episodes: list[Episode], gamma: float) -> dict[str, l
             columns["returns"].append([float(returns[i]) for i in mine])
     return columns
 
-@dataclasses.dataclass
-class _Collator:
-    "Pads rows, and turns masks and value positions into flat indices"
-    pad_id: int
-    def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
-        width = max(len(r["input_ids"]) for r in rows)
-        ids = torch.full((len(rows), width), self.pad_id)
-        mask = torch.zeros(len(rows), width, dtype=torch.bool)
-        for i, r in enumerate(rows):
-            n = len(r["input_ids"])
-            ids[i, :n], mask[i, :n] = torch.tensor(r["input_ids"]), torch.tensor(r["assistant_masks"], dtype=torch.bool)
-        turn_rows = torch.tensor([i for i, r in enumerate(rows) for _ in r["returns"]])
-        flat = lambda name, dtype: torch.tensor([x for r in rows for x in r[name]], dtype=dtype)
-        return dict(input_ids=ids, mask=mask, turn_rows=turn_rows, value_positions=flat("value_positions", torch.long),
-                    returns=flat("returns", torch.float32))
+def _collate(rows: list[dict]) -> dict[str, Any]:
+    "Rows of different lengths, with flat vectors of where the responses' tokens are, and where the critic reads which return"
+    ids = [np.array(r["input_ids"]) for r in rows]
+    said = [np.flatnonzero(r["assistant_masks"]) for r in rows]
+    def row_of(places): return torch.tensor([i for i, p in enumerate(places) for _ in p], dtype=torch.long)
+    def flat(places, dtype): return torch.tensor(np.concatenate(places), dtype=dtype)
+    return dict(rows=ids, token_ids=flat([i[p] for i, p in zip(ids, said)], torch.long), token_rows=row_of(said), token_positions=flat(said, torch.long),
+                turn_rows=row_of([r["returns"] for r in rows]), value_positions=flat([r["value_positions"] for r in rows], torch.long),
+                returns=flat([r["returns"] for r in rows], torch.float32))
 
 # %% ../nbs/11_warmstart.ipynb #da62a1a5
 def _trainer_class():
@@ -126,11 +121,10 @@ def _trainer_class():
             return super().training_step(*args, **kwargs)
 
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-            rows, positions = inputs["mask"].nonzero(as_tuple=True)
-            hidden = self.policy.trunk(inputs["input_ids"])
-            score = self.policy.score_hidden(hidden[rows, positions - 1], inputs["input_ids"][rows, positions])
-            values = self.policy.value_head(hidden[inputs["turn_rows"], inputs["value_positions"]])
-            nll, value = -score.logprobs.mean(), 0.5 * (values - inputs["returns"]).square().mean()
+            row, position = torch.cat([inputs["token_rows"], inputs["turn_rows"]]), torch.cat([inputs["token_positions"] - 1, inputs["value_positions"]])
+            tokens, states = read_rows(self.policy, inputs["rows"], row, position).split([len(inputs["token_rows"]), len(inputs["turn_rows"])])
+            nll = torch.nn.functional.cross_entropy(self.policy.logits(tokens), inputs["token_ids"])
+            value = 0.5 * (self.policy.value_head(states) - inputs["returns"]).square().mean()
             self.losses.append((nll.item(), value.item()))
             loss = nll + self.critic_coef * value
             return (loss, {}) if return_outputs else loss
@@ -171,7 +165,7 @@ def clone(
         forwards = [(m, {k: v for k, v in vars(m).items() if k == "forward"}) for m in {policy.model, policy.causal_lm}]
         trained = {name: (p, p.data.clone()) for name, p in policy.model.named_parameters() if p.requires_grad}
         trainer = _trainer_class()(policy, config.critic_coef, args=args, train_dataset=datasets.Dataset.from_dict(columns),
-                                   data_collator=_Collator(policy.pad_id))
+                                   data_collator=_collate)
         trainer.remove_callback(PrinterCallback)
         for p, value in trained.values(): p.data = value    # it rounds the adapters of 4-bit models to bfloat16
         try: trainer.train()
