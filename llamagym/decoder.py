@@ -25,12 +25,13 @@ from .policy import head_logits
 
 log = logging.getLogger(__name__)
 
-# %% ../nbs/06_decoder.ipynb #7d93d62d
+# %% ../nbs/06_decoder.ipynb #7854abe6
 def _merged(module: nn.Module) -> tuple[Tensor, Tensor | None] | None:
     "Weight and bias of a linear layer, its active adapters included; `None` of any other"
     if isinstance(module, BaseTunerLayer) and type(module.get_base_layer()) is nn.Linear:
-        module = copy.deepcopy(module)
-        module.merge()
+        if not module.disable_adapters:
+            module = copy.deepcopy(module)
+            module.merge()
         module = module.get_base_layer()
     return (module.weight.detach(), None if module.bias is None else module.bias.detach()) if type(module) is nn.Linear else None
 

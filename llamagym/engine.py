@@ -223,7 +223,7 @@ class _Table:
         "Nothing that was computed with other weights is used"
         if self.version != self.policy.version:
             if self.version is not None: self.drop()
-            self.version, self.reader = self.policy.version, reader_of(self.policy.causal_lm)
+            self.version, self.reader = self.policy.version, reader_of(self.policy.answering)
 
     def forward(self, rows: list[_Row], first: int, part: str) -> Tensor:
         "[n, H] the hidden state after the last token of each row; `first` is the table's row of the first of them"
@@ -291,7 +291,7 @@ def _answer_whole(
 
     ids = torch.tensor([row.ids for row in rows], device=policy.device)
     settings = GenerationConfig(max_new_tokens=limit, do_sample=False, eos_token_id=stop_ids.tolist() or None, pad_token_id=policy.pad_id)
-    policy.causal_lm.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings, logits_processor=LogitsProcessorList([choose]))
+    policy.answering.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings, logits_processor=LogitsProcessorList([choose]))
 
 # %% ../nbs/06_engine.ipynb #7190e805
 def _check_request(name: str, prompt: Sequence[int], stream: np.random.Generator | None, greedy: bool, policy: Policy) -> None:
@@ -408,7 +408,7 @@ class Engine(EngineSteps):
     def step(self) -> list[Request]: # that were answered with it
         "Sample one token of each response under way. An error, or an interrupt, forgets all requests"
         try:
-            if why_not_kept(self.policy.causal_lm) is not None: return self._answer_whole()
+            if why_not_kept(self.policy.answering) is not None: return self._answer_whole()
             rows = self._admit()
             listening = rows.live - rows.speaking
             return self._read() if listening and 4 * listening >= rows.live else self._speak() if rows.speaking else []

@@ -109,7 +109,8 @@ def _check_parts(model, tokenizer, critic: str) -> None:
 # %% ../nbs/05_policy.ipynb #b85e899d
 class PolicyParts:
     "A causal LM, the adapter that is trained (or none: the whole of it is), its tokenizer and a value head"
-    _touched = 0    # times that `touch` was called
+    _touched = 0           # times that `touch` was called
+    _as_reference = False  # the reference answers now
 
     def __init__(self,
         model: PreTrainedModel | PeftModel, # plain models are fine-tuned whole, peft models through their active adapter
@@ -147,7 +148,7 @@ class PolicyParts:
     @property
     def version(self) -> tuple:
         "Changes with the weights that answer: what was computed with others is void. `touch` says so where torch can't see it"
-        return self._touched, str(self.device), self.adapter, sum(p._version for p in self.parameters())
+        return self._touched, self._as_reference, str(self.device), self.adapter, sum(p._version for p in self.parameters())
 
     def touch(self) -> None:
         "Weights were changed by something that writes past torch, such as an 8-bit optimiser's kernels"
@@ -158,9 +159,9 @@ class PolicyReference(PolicyParts):
     "... and what the policy is compared to: a frozen adapter, the bare base, or a frozen copy of a plain model"
     has_reference: bool = False                  # whether one was set; the bare base stands for it until then
     _frozen: PreTrainedModel | None = None       # the copy, where there are no adapters
-    _as_reference: bool = False                  # the reference answers now
 
-    def _reader(self) -> PreTrainedModel:
+    @property
+    def answering(self) -> PreTrainedModel:
         "The causal LM that answers now: the frozen copy of a plain model inside `as_reference()`"
         return self._frozen if self._as_reference and self._frozen is not None else self.causal_lm
 
@@ -208,13 +209,13 @@ class Policy(PolicyReference):
         **kwargs,          # of the trunk's forward
     ) -> Tensor: # [B, T, H] last hidden states
         "Hidden states of whole rows"
-        return self._reader().base_model(input_ids=input_ids, use_cache=False, **kwargs).last_hidden_state
+        return self.answering.base_model(input_ids=input_ids, use_cache=False, **kwargs).last_hidden_state
 
     def logits(self,
         hidden: Tensor, # [N, H]
     ) -> Tensor: # [N, V] float32
         "The head, for the hidden states that need it"
-        return head_logits(self._reader(), hidden)
+        return head_logits(self.answering, hidden)
 
     def reference_logits(self,
         hidden: Tensor, # [N, H] that the reference's trunk gave

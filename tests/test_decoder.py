@@ -9,7 +9,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import llamagym.decoder
 from llamagym.cache import SlotCache
+from llamagym.config import GenerateConfig
 from llamagym.decoder import Decoder, Joined, ModelReader, OneQuery, cut_length, reader_of
+from llamagym.engine import Engine
 from llamagym.policy import Policy
 from llamagym.tiny import FAMILIES, tiny_config, tiny_model, tiny_tokenizer
 
@@ -137,3 +139,27 @@ def test_decoder_cuts_where_least_is_read():
         cut, longer = cut_length(lengths)
         assert longer.tolist() == [i for i, n in enumerate(lengths) if n > cut]
         assert cost[cut] == min(cost.values()) or (cut == lengths.max() and min(cost.values()) >= 0.9 * cost[cut])
+
+
+@pytest.mark.parametrize("known", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_decoder_of_the_reference(kind, known):
+    """Inside of `as_reference` the engine samples from the reference, and from the policy again afterwards"""
+    policy, prompt = make_policy(kind), [1, 20, 21, 22, 23]
+    if known or kind == "plain":
+        policy.set_reference()
+    shake(policy.parameters(), 0.1, seed=5)
+    engine = Engine(policy, {2}, GenerateConfig(max_new_tokens=6))
+
+    def checked() -> list[int]:
+        (sample,) = engine.sample([prompt], [np.random.default_rng(0)], keys=["a"])
+        ids = torch.tensor([prompt + sample.ids], device=policy.device)
+        positions = torch.arange(len(prompt), ids.shape[1], device=policy.device)
+        with torch.no_grad():
+            assert (policy.score(ids, torch.zeros_like(positions), positions).logprobs.cpu() - torch.from_numpy(sample.logprobs)).abs().max() < 1e-4
+        return sample.ids
+
+    first = checked()
+    with policy.as_reference():
+        assert checked() != first
+    assert checked() == first
