@@ -39,7 +39,7 @@ def measure(size: str, name: str, envs: int, rounds: int) -> dict:
     """One line of the table"""
     task = task_of(name)
     agent, naive = agent_of(size, task), Naive(model_of(size), tokenizer_of(size), task)
-    episodes = dict(blackjack=8 * envs if size == "1M" else 4 * envs, corridor=envs)[name]
+    episodes = dict(blackjack=4 * envs if size == "135M" else 8 * envs, corridor=envs)[name]
     played_by = {
         "engine": lambda r: sum(map(len, collect(agent, episodes=episodes, num_envs=envs, seed=r))),
         "naive": lambda r: sum(naive.episode(1000 * r + i) for i in range(dict(blackjack=16 if size == "1M" else 6, corridor=1)[name])),
