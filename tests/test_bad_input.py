@@ -11,6 +11,7 @@ import torch
 import transformers
 from doubles import RANK, Walk, config, lake, lake_agent, make_policy, tokenizer_of, users_model, walk_task
 
+from llamagym import warmstart
 from llamagym.agent import Agent, InvalidResponse
 from llamagym.buffer import Episode
 from llamagym.chat import ContextOverflow
@@ -19,6 +20,7 @@ from llamagym.engine import Engine
 from llamagym.policy import Policy
 from llamagym.ppo import PPO, NonFiniteLoss, annotate
 from llamagym.rollout import RolloutError, collect, evaluate
+from llamagym.rows import read_rows
 from llamagym.task import RandomAgent, episode_seed, play
 from llamagym.tiny import tiny_config, tiny_model, tiny_tokenizer
 from llamagym.trainer import Callback, Trainer
@@ -655,15 +657,14 @@ def test_bad_input_clone_of_one_bad_transcript_changes_nothing(policy):
 def test_bad_input_an_interrupted_clone_leaves_a_policy_that_plays(policy, monkeypatch):
     own = make_policy("lora", lora=LoRAConfig(r=4, dropout=0.5))
     agent, calls = agent_of(own), []
-    score = own.score_hidden
 
-    def pressed(*args, **kwargs):
+    def pressed(*args):
         calls.append(own.model.training)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return score(*args, **kwargs)
+        return read_rows(*args)
 
-    monkeypatch.setattr(own, "score_hidden", pressed)
+    monkeypatch.setattr(warmstart, "read_rows", pressed)
     with pytest.raises(KeyboardInterrupt):
         clone(agent, play(walk_task(), RandomAgent(walk_task()), 8), WarmstartConfig(batch_size=2), progress=False)
     monkeypatch.undo()
