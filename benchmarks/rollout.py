@@ -45,9 +45,13 @@ def measure(size: str, name: str, envs: int, rounds: int) -> dict:
         "naive": lambda r: sum(naive.episode(1000 * r + i) for i in range(dict(blackjack=16 if size == "1M" else 6, corridor=1)[name])),
         "generate": lambda r: naive.batch(2000 * r, 16),
     }
+    for warm_up in (lambda: collect(agent, episodes=2, num_envs=2), lambda: naive.episode(0), lambda: naive.batch(0, 2)):
+        warm_up()  # each model is looked at once
     rates: dict[str, list[float]] = {who: [] for who in played_by}
     for r in range(rounds):
         for who, play in played_by.items():
+            if who == "generate" and r and arguments.quick:
+                continue  # it takes the longest, and the ratio is to `naive`
             with Clock() as clock:
                 turns = play(r)
             rates[who].append(turns / clock.cpu)

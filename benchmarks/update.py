@@ -93,28 +93,29 @@ def measure(size: str, name: str, rounds: int) -> dict:
                 low=ratios[0], high=ratios[-1])  # fmt: skip
 
 
-def whole_loop(size: str, name: str, iterations: int = 4, episodes: int = 16) -> dict:
+def whole_loop(size: str, name: str, iterations: int, episodes: int = 16) -> dict:
     """Episodes per second of rollouts and updates together"""
-    episodes = episodes if name == "blackjack" else 4
+    episodes = episodes if name == "blackjack" else 4  # of an iteration
     agent = agent_of(size, task_of(name), ppo__epochs=4, ppo__mini_batch_size=1000)  # one optimiser step an epoch, as TRL's
     with Clock() as clock:
         for i in range(iterations):
             agent.learner.learn(collect(agent, episodes=episodes, num_envs=episodes, first=i * episodes))
     other = trl_loop(size, name, iterations, episodes, num_generations=min(8, episodes))
     ours, theirs = iterations * episodes / clock.cpu, other["episodes"] / other["cpu"]
-    return dict(model=size, environment=name, episodes=iterations * episodes, trl=theirs, this=ours, ratio=ours / theirs)
+    return dict(model=size, environment=name, iterations=iterations, episodes=iterations * episodes, trl=theirs, this=ours, ratio=ours / theirs)
 
 
 if arguments.memory:
     sys.exit(peak_memory(arguments.memory[0], int(arguments.memory[1])))
 began = time.perf_counter()
-print("Where the time goes:")
+print("Memory of a process that trains on 20 turns (MB): with the model, at its highest, and the difference")  # first: a process starts with its parent's peak
+print(table(memory(), dict(update="", episodes="", model=".0f", peak=".0f", beyond=".0f")), flush=True)
+print("\nWhere the time goes:")
 lines = [measure(size, name, arguments.rounds if size == "1M" else 1) for size in arguments.sizes for name in EPISODES]
 print("\nTurns trained per CPU second, and ratios:")
 print(table(lines, dict(model="", environment="", naive=".2f", this=".1f", ratio=".1f", low=".1f", high=".1f")), flush=True)
-print("\nMemory of a process that trains on 20 turns (MB): with the model, at its highest, and the difference")
-print(table(memory(), dict(update="", episodes="", model=".0f", peak=".0f", beyond=".0f")), flush=True)
-iterations = 2 if arguments.quick else 4
-print(f"\nRollouts and updates together, episodes per CPU second, {iterations} iterations:")
-print(table([whole_loop("1M", name, iterations) for name in EPISODES], dict(model="", environment="", episodes="", trl=".2f", this=".2f", ratio=".1f")))
+iterations = dict(blackjack=2, corridor=1) if arguments.quick else dict(blackjack=4, corridor=4)
+print("\nRollouts and updates together, episodes per CPU second:")
+print(table([whole_loop("1M", *job) for job in iterations.items()],
+            dict(model="", environment="", iterations="", episodes="", trl=".2f", this=".2f", ratio=".1f")))  # fmt: skip
 print(f"\n{time.perf_counter() - began:.0f} s in all, torch {torch.__version__}, Python {sys.version.split()[0]}")

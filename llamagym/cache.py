@@ -75,11 +75,19 @@ class SlotCache(Cache):
         device: torch.device | str = "cpu",
     ) -> Tensor: # int64 [n, q] positions of the new tokens
         "Say where the states of the next forward pass belong"
-        self.length = int(starts.max()) + width
-        self.reserve(first + len(starts), self.length)
-        self.first, self.positions = first, torch.from_numpy(starts[:, None] + np.arange(width)).to(device)
-        self._flat: dict[int, Tensor] = {}
+        length = int(starts.max()) + width
+        self.reserve(first + len(starts), length + 1)    # one is left over
+        self.point(first, torch.from_numpy(starts[:, None] + np.arange(width)).to(device), length)
         return self.positions
+
+    def point(self,
+        first: int,        # row that takes the first of the new tokens; the others follow it
+        positions: Tensor, # int64 [n, q] of the new tokens, for which there is room
+        length: int,       # positions of each row that are looked at
+    ) -> None:
+        "`place`, by positions that are on the device already"
+        self.first, self.positions, self.length = first, positions, length
+        self._flat: dict[int, Tensor] = {}
 
     def flat_index(self,
         heads: int, # of the keys and values

@@ -22,7 +22,7 @@ RANK = LoRAConfig(r=4, alpha=8.0)
 def make_policy(kind: str, name: str = "tiny", shaken: bool = True, **kwargs) -> Policy:
     """A policy of a kind; an adapter that is `shaken` does something"""
     kwargs = {"plain": {}, "lora": dict(lora=RANK), "nf4": dict(lora=RANK, quantize="nf4")}[kind] | kwargs
-    policy = Policy.load(name, device="cpu", **kwargs)
+    policy = Policy.load(name, **dict(device="cpu") | kwargs)
     if kind != "plain" and shaken:
         shake(policy.parameters())
     return policy
@@ -38,7 +38,7 @@ def shake(parameters, scale: float = 0.02, seed: int = 0) -> None:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in parameters:
-            p.add_(scale * torch.randn(p.shape, generator=generator))
+            p.add_(scale * torch.randn(p.shape, generator=generator).to(p.device))
 
 
 def random_rows(vocab: int, lengths, seed=0) -> list[list[int]]:

@@ -3,16 +3,18 @@
 import numpy as np
 import pytest
 import torch
-from doubles import KINDS, make_policy, shake, windows
+from doubles import KINDS, lake_agent, make_policy, shake, windows
 from peft import LoraConfig
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import llamagym.decoder
+import llamagym.engine
 from llamagym.cache import SlotCache
 from llamagym.config import GenerateConfig
-from llamagym.decoder import Decoder, Joined, ModelReader, OneQuery, cut_length, reader_of
+from llamagym.decoder import Decoder, GraphDecoder, Joined, ModelReader, OneQuery, cut_length, reader_of
 from llamagym.engine import Engine
 from llamagym.policy import Policy
+from llamagym.rollout import collect
 from llamagym.tiny import FAMILIES, tiny_config, tiny_model, tiny_tokenizer
 
 DECODED = [family for family in FAMILIES if tiny_config(family).model_type in llamagym.decoder.DECODED]
@@ -139,6 +141,42 @@ def test_decoder_cuts_where_least_is_read():
         cut, longer = cut_length(lengths)
         assert longer.tolist() == [i for i, n in enumerate(lengths) if n > cut]
         assert cost[cut] == min(cost.values()) or (cut == lengths.max() and min(cost.values()) >= 0.9 * cost[cut])
+
+
+@pytest.mark.parametrize("family", DECODED)
+def test_decoder_rounds_up_the_sizes_of_recorded_steps(family, monkeypatch):
+    """What a GPU would record, taken as it is: rows that make up a size change nothing, not even in a table that is full"""
+    policy = Policy(tiny_model(family), tiny_tokenizer())
+    plain = collect(lake_agent(policy, generate__max_new_tokens=9), episodes=24, num_envs=10, seed=3)
+    monkeypatch.setattr(llamagym.decoder, "RECORD_AFTER", 1)
+    monkeypatch.setattr(llamagym.decoder, "RECORD_LENGTH", 16)
+    readers = []
+    monkeypatch.setattr(llamagym.engine, "reader_of", lambda model: readers.append(GraphDecoder(model, record=lambda step: step)) or readers[-1])
+    agent = lake_agent(policy, generate__max_new_tokens=9)
+    for a, b in zip(plain, collect(agent, episodes=24, num_envs=10, seed=3)):
+        assert [t.response_ids for t in a.turns] == [t.response_ids for t in b.turns]
+        assert max(np.abs(t.logprobs - u.logprobs).max() for t, u in zip(a.turns, b.turns)) < 1e-4
+    assert {rows for _, rows, _ in readers[-1].steps} > {16}
+
+
+def test_decoder_goes_on_without_recording(caplog):
+    """A function that can't be recorded"""
+
+    def record(step):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    model, cache, starts = tiny_model("llama"), SlotCache(2), np.array([5, 9])
+    reader, ids = GraphDecoder(model, record), torch.randint(3, 200, (2, 9))
+    with torch.no_grad():
+        reader.read(cache, ids, 1, np.zeros(2, dtype=np.int64), torch.from_numpy(starts - 1))
+        for t in range(llamagym.decoder.RECORD_AFTER + 3):
+            hidden = reader.read(cache, ids[:, :1], 1, starts + t, None)
+    assert reader.record is None and [r.message for r in caplog.records if "not recorded" in r.message] == [
+        "the steps of LlamaForCausalLM are not recorded: operation not permitted when stream is capturing"]  # fmt: skip
+    rows = [torch.cat([ids[i, :n], ids[i, :1].repeat(llamagym.decoder.RECORD_AFTER + 3)]) for i, n in enumerate(starts)]
+    for row, state in zip(rows, hidden):
+        with torch.no_grad():
+            assert (model.base_model(input_ids=row[None]).last_hidden_state[0, -1] - state).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("known", [False, True])

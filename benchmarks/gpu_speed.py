@@ -1,0 +1,142 @@
+"""Tokens per second of rollouts and updates on a CUDA GPU, next to reading every prompt again, and the memory that they need.
+
+    python benchmarks/gpu_speed.py --models qwen2.5-1.5b --quantize none nf4
+
+Models have the real shapes and random weights, made on the device, and a LoRA adapter on all linear layers. The environment asks for twenty turns.
+Wall seconds with the device synchronised. `engine` is this project's, its steps recorded as CUDA graphs; `unrecorded` is the same without them;
+`generate` reads the whole of each conversation at each turn, all environments side by side; `naive` plays one environment that way.
+"""
+
+import argparse
+import gc
+import sys
+import time
+import warnings
+
+import torch
+from peft import PeftModel
+from torch import nn
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Qwen2Config
+from workloads import NEW_TOKENS, Naive, table, task_of
+
+import llamagym.decoder
+from llamagym.agent import Agent
+from llamagym.config import Config, LoRAConfig
+from llamagym.policy import Policy, add_lora
+from llamagym.rollout import collect
+from llamagym.tiny import tiny_tokenizer
+
+warnings.filterwarnings("ignore")
+QWEN = dict(vocab_size=151936, max_position_embeddings=32768, rope_parameters=dict(rope_type="default", rope_theta=1e6))
+LLAMA = dict(vocab_size=128256, max_position_embeddings=131072, rope_parameters=dict(rope_type="default", rope_theta=5e5))
+SHAPES = {  # as in the configurations of the published checkpoints: width, of the feed-forward layers, layers, heads, key heads, tied embeddings
+    "qwen2.5-0.5b": (Qwen2Config, QWEN, 896, 4864, 24, 14, 2, True),
+    "qwen2.5-1.5b": (Qwen2Config, QWEN, 1536, 8960, 28, 12, 2, True),
+    "qwen2.5-3b": (Qwen2Config, QWEN, 2048, 11008, 36, 16, 2, True),
+    "qwen2.5-7b": (Qwen2Config, QWEN | dict(vocab_size=152064), 3584, 18944, 28, 28, 4, False),
+    "llama-3.2-1b": (LlamaConfig, LLAMA | dict(head_dim=64), 2048, 8192, 16, 32, 8, True),
+    "llama-3.2-3b": (LlamaConfig, LLAMA | dict(head_dim=128), 3072, 8192, 28, 24, 8, True),
+    "llama-3.1-8b": (LlamaConfig, LLAMA, 4096, 14336, 32, 32, 8, False),
+}
+
+
+def quantized(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """The model with its linear layers in 4 bits, as reading a checkpoint makes them; the head stays as it is"""
+    import bitsandbytes as bnb
+
+    for name, module in list(model.named_modules()):
+        if type(module) is not nn.Linear or module is model.get_output_embeddings():
+            continue
+        parent, _, child = name.rpartition(".")
+        small = bnb.nn.Linear4bit(module.in_features, module.out_features, module.bias is not None, dtype, compress_statistics=True, quant_type="nf4")
+        small.weight = bnb.nn.Params4bit(module.weight.data.cpu(), requires_grad=False, compress_statistics=True, quant_type="nf4", module=small)
+        small.bias = module.bias
+        setattr(model.get_submodule(parent), child, small.to(model.device))
+    model.is_quantized = model.is_loaded_in_4bit = True
+    return model
+
+
+def model_of(name: str, quantize: str, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> PeftModel:
+    """A model of a real shape with random weights, on the GPU"""
+    kind, options, width, inner, layers, heads, key_heads, tied = SHAPES[name]
+    tokenizer = tiny_tokenizer()
+    config = kind(hidden_size=width, intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=key_heads,
+                  tie_word_embeddings=tied, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+                  pad_token_id=tokenizer.pad_token_id, **options)  # fmt: skip
+    torch.manual_seed(seed)
+    with torch.device("cuda"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    model.requires_grad_(False)
+    if quantize == "nf4":
+        model = quantized(model, dtype)
+    return add_lora(model, LoRAConfig(r=16), seed)
+
+
+def timed(run) -> tuple[float, object]:
+    """Wall seconds of a function, and what it returns"""
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    result = run()
+    torch.cuda.synchronize()
+    return time.perf_counter() - began, result
+
+
+def free() -> None:
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+
+
+def peak() -> float:
+    return torch.cuda.max_memory_allocated() / 2**30
+
+
+def measure(name: str, quantize: str, envs: int, turns: int, epochs: int) -> dict:
+    """One line of the table"""
+    free()
+    task, model = task_of("corridor", turns), model_of(name, quantize)
+    options = dict(epochs=epochs, mini_batch_size=64, token_budget=8192, gradient_checkpointing=True)
+    config = Config.from_dict({"generate.max_new_tokens": NEW_TOKENS} | {f"ppo.{option}": value for option, value in options.items()})
+    agent = Agent.for_task(task, Policy(model, tiny_tokenizer()), config=config)
+    line = dict(model=name, weights=quantize, load=torch.cuda.memory_allocated() / 2**30)
+
+    def play(record: int, count: int = envs) -> tuple[float, list]:
+        """Environment steps per second, and the episodes"""
+        llamagym.decoder.RECORD_AFTER = record
+        seconds, episodes = timed(lambda: collect(agent, episodes=count, num_envs=count))
+        return sum(map(len, episodes)) / seconds, episodes
+
+    play(10**9, 2)
+    line["unrecorded"], _ = play(10**9)
+    free()
+    line["engine"], episodes = play(16)
+    line["rollout"] = peak()
+    naive = Naive(model, tiny_tokenizer(), task)
+    naive.batch(0, 2)
+    for who, run in (("generate", lambda: naive.batch(0, envs)), ("naive", lambda: naive.episode(0))):
+        seconds, played = timed(run)
+        line[who] = played / seconds
+    agent.learner.learn(collect(agent, episodes=2, num_envs=2))
+    free()
+    seconds, _ = timed(lambda: agent.learner.learn(episodes))
+    line |= dict(trained=sum(map(len, episodes)) / seconds, tokens=sum(len(s.ids) for e in episodes for s in e.segments) / seconds, update=peak())
+    return line | {"over generate": line["engine"] / line["generate"], "over naive": line["engine"] / line["naive"]}
+
+
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("--models", nargs="+", choices=SHAPES, default=["qwen2.5-0.5b", "qwen2.5-1.5b", "llama-3.2-3b", "qwen2.5-7b"], help="(default: %(default)s)")
+parser.add_argument("--quantize", nargs="+", choices=["none", "nf4"], default=["none", "nf4"], help="(default: both)")
+parser.add_argument("--envs", type=int, default=32, help="side by side (default: %(default)s)")
+parser.add_argument("--turns", type=int, default=20, help="of an episode (default: %(default)s)")
+parser.add_argument("--epochs", type=int, default=1, help="of an update (default: %(default)s)")
+arguments = parser.parse_args()
+if not torch.cuda.is_available():
+    sys.exit("no CUDA device: this benchmark needs one; benchmarks/rollout.py and benchmarks/update.py run on a CPU")
+print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, bfloat16, {arguments.envs} environments of {arguments.turns} turns, "
+      f"responses of {NEW_TOKENS} tokens\nEnvironment steps per second; turns and tokens trained per second ({arguments.epochs} epochs); "
+      "GiB allocated after loading, and at the peak of a rollout and of an update", flush=True)  # fmt: skip
+formats = dict(model="", weights="", naive=".2f", generate=".1f", unrecorded=".1f", engine=".1f") | {"over generate": ".1f", "over naive": ".1f"}
+formats |= dict(trained=".1f", tokens=".0f", load=".1f", rollout=".1f", update=".1f")
+for name in arguments.models:
+    for quantize in arguments.quantize:
+        print(table([measure(name, quantize, arguments.envs, arguments.turns, arguments.epochs)], formats), flush=True)

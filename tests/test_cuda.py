@@ -1,0 +1,92 @@
+"""On a GPU: the same numbers as on the CPU, recorded steps or not. Skipped where there is none."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from doubles import KINDS, lake_agent, make_policy
+from test_cache import same, talks
+
+import llamagym.decoder
+import llamagym.engine
+from llamagym.config import GenerateConfig
+from llamagym.decoder import GraphDecoder, reader_of
+from llamagym.engine import Engine
+from llamagym.policy import Policy
+from llamagym.rollout import collect
+from llamagym.tiny import FAMILIES, tiny_model, tiny_tokenizer
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+
+@pytest.fixture
+def record(monkeypatch):
+    monkeypatch.setattr(llamagym.decoder, "RECORD_AFTER", 2)
+    monkeypatch.setattr(llamagym.decoder, "RECORD_LENGTH", 32)
+
+
+def played(policy: Policy, count: int = 5, kept: bool = True) -> list:
+    """Greedy conversations side by side, whose keys and values are kept, or each prompt read by an engine of its own"""
+    conversations, settings = talks(count, policy.causal_lm.config.vocab_size), GenerateConfig(max_new_tokens=12)
+    engine = Engine(policy, {2}, settings)
+    for _ in range(4):
+        if not kept:
+            engine = Engine(policy, {2}, settings)
+        samples = engine.sample([t.ask() for t in conversations], [None] * count, greedy=True, keys=conversations if kept else None)
+        for talk, sample in zip(conversations, samples):
+            talk.answer(sample)
+    return conversations
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_cuda_rollouts_are_those_of_the_cpu(family, record):
+    """Float32, each architecture: kept and recorded on the GPU against read again on the CPU"""
+    policy = Policy(tiny_model(family), tiny_tokenizer())
+    here = played(policy, kept=False)
+    for there, again in zip(played(policy.to("cuda")), here):
+        same(there, again)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_cuda_recorded_steps_say_what_the_others_say(kind, dtype, record, monkeypatch):
+    """... and what the learner says of them, adapters and 4-bit weights included"""
+    policy = make_policy(kind, device="cuda", dtype=dtype)
+    agent = lake_agent(policy, generate__max_new_tokens=12)
+    readers = []
+    monkeypatch.setattr(llamagym.engine, "reader_of", lambda model: readers.append(reader_of(model)) or readers[-1])
+    recorded = collect(agent, episodes=24, num_envs=10, seed=3)
+    assert type(readers[-1]) is GraphDecoder and readers[-1].steps and readers[-1].record
+    gap = agent.learner.learn(copy.deepcopy(recorded))["logprob_gap"]
+    assert gap < (1e-4 if dtype == "float32" else 0.3)
+    if dtype == "float32":
+        monkeypatch.setattr(llamagym.decoder, "RECORD_AFTER", 10**9)
+        agent = lake_agent(make_policy(kind, device="cuda", dtype=dtype), generate__max_new_tokens=12)
+        for a, b in zip(recorded, collect(agent, episodes=24, num_envs=10, seed=3)):
+            assert [t.response_ids for t in a.turns] == [t.response_ids for t in b.turns]
+
+
+@pytest.mark.parametrize("kind", ["plain", "lora"])
+def test_cuda_learns_what_the_cpu_learns(kind):
+    """One update of the same episodes: losses and weights"""
+    policies = [make_policy(kind, device=device) for device in ("cpu", "cuda")]
+    agents = [lake_agent(policy, ppo__epochs=2) for policy in policies]
+    episodes = collect(agents[0], episodes=6, num_envs=3)
+    stats = [agent.learner.learn(copy.deepcopy(episodes)) for agent in agents]
+    for name in ("policy_loss", "value_loss", "entropy", "ref_kl", "logprob_gap"):
+        assert stats[0][name] == pytest.approx(stats[1][name], abs=1e-4), name
+    for a, b in zip(*(policy.parameters() for policy in policies)):
+        assert (a.cpu() - b.cpu()).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_cuda_saves_and_loads(kind, tmp_path):
+    policy = make_policy(kind, device="cuda")
+    policy.set_reference()
+    policy.save(tmp_path / "saved")
+    ids = torch.arange(3, 40, device="cuda")[None]
+    with torch.no_grad():
+        for device in ("cuda", "cpu"):
+            again = Policy.load(tmp_path / "saved", device=device)
+            assert np.allclose(policy.trunk(ids).float().cpu(), again.trunk(ids.to(device)).float().cpu(), atol=1e-5 if device == "cuda" else 1e-3)
