@@ -124,7 +124,7 @@ def measure(name: str, quantize: str, envs: int, turns: int, epochs: int) -> dic
 
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("--models", nargs="+", choices=SHAPES, default=["qwen2.5-0.5b", "qwen2.5-1.5b", "llama-3.2-3b", "qwen2.5-7b"], help="(default: %(default)s)")
+parser.add_argument("--models", nargs="+", choices=SHAPES, default=["qwen2.5-1.5b", "qwen2.5-7b"], help="(default: %(default)s)")
 parser.add_argument("--quantize", nargs="+", choices=["none", "nf4"], default=["none", "nf4"], help="(default: both)")
 parser.add_argument("--envs", type=int, default=32, help="side by side (default: %(default)s)")
 parser.add_argument("--turns", type=int, default=20, help="of an episode (default: %(default)s)")

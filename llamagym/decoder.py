@@ -21,7 +21,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .cache import SlotCache, attention_masks, forward, sliding_window
+from .cache import SlotCache, apart, attention_masks, forward, rounding, sliding_window
 from .policy import head_logits
 
 log = logging.getLogger(__name__)
@@ -231,7 +231,7 @@ RECORD_LENGTH = 256   # positions that lengths are rounded up to
 
 def cuda_graph(
     step: Callable[[], Tensor], # which reads and writes memory that stays where it is
-    pool: tuple[int, int] | None = None, # memory that graphs share, of `torch.cuda.graph_pool_handle`
+    pool: tuple[int, int],      # memory that graphs share, of `torch.cuda.graph_pool_handle`
 ) -> Callable[[], Tensor]: # the same, whose result is overwritten by the next call
     "Record the kernels of a function"
     stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
@@ -251,7 +251,7 @@ def _rounded(rows: int) -> int:
 # %% ../nbs/06_decoder.ipynb #8d29e543
 class _Recorded:
     "A step of one token a row, for a fixed number of rows up to a fixed length"
-    def __init__(self, decoder: Decoder, cache: SlotCache, first: int, rows: int, length: int, record: Callable):
+    def __init__(self, decoder: Decoder, cache: SlotCache, first: int, rows: int, length: int, record: Callable[..., Callable], pool):
         self.spare = cache.capacity - 1     # no conversation is as long: see `SlotCache.place`
         self.given = torch.full((2, rows, 1), self.spare, device=decoder.model.device)
         self.given[0] = 0
@@ -259,7 +259,7 @@ class _Recorded:
         def step() -> Tensor:
             cache.point(first, positions, length)
             return decoder.run(cache, ids, positions, np.full(rows, length), None)
-        self.step = record(step)
+        self.step = record(step, pool)
 
     def __call__(self, ids: Tensor, starts: np.ndarray) -> Tensor:
         given = torch.full(self.given.shape, self.spare)
@@ -272,11 +272,10 @@ class GraphDecoder(Decoder):
     "A decoder on a GPU: steps of one token a row are recorded, once their size has turned out to be a usual one"
     def __init__(self,
         model: PreTrainedModel, # a causal LM
-        record: Callable | None = None, # what makes a step faster that has no arguments; default: `cuda_graph`
+        record: Callable[..., Callable] = cuda_graph, # makes a step faster
     ):
         super().__init__(model)
-        self.record = record or partial(cuda_graph, pool=torch.cuda.graph_pool_handle())
-        self.seen, self.steps, self.tables = Counter(), {}, []
+        self.record, self.seen, self.tables = record, Counter(), []
 
     def read(self, cache: SlotCache, ids: Tensor, first: int, starts: np.ndarray, last: Tensor, shared: int = 0) -> Tensor:
         "The hidden state of the last new token of each row; see `Decoder.read`"
@@ -286,9 +285,11 @@ class GraphDecoder(Decoder):
         if self.record is None or ids.shape[1] > 1 or self.seen[size] <= RECORD_AFTER: return super().read(cache, ids, first, starts, last, shared)
         cache.reserve(first + rows, length + 1)
         tables = cache.tables()
-        if len(tables) != len(self.tables) or any(a is not b for a, b in zip(tables, self.tables)): self.steps, self.tables = {}, tables
+        if len(tables) != len(self.tables) or any(a is not b for a, b in zip(tables, self.tables)):
+            self.steps, self.tables = {}, tables
+            self.pool = torch.cuda.graph_pool_handle() if self.model.device.type == "cuda" else None    # one whose graphs are gone is gone
         if size not in self.steps:
-            try: self.steps[size] = _Recorded(self, cache, *size, self.record)
+            try: self.steps[size] = _Recorded(self, cache, *size, self.record, self.pool)
             except RuntimeError as error:    # modules may be anybody's
                 log.warning("the steps of %s are not recorded: %s", type(self.model).__name__, error)
                 self.record = None
@@ -340,7 +341,7 @@ def _agree(model: PreTrainedModel) -> bool:
         log.debug("%s is read by its own modules: %r", type(model).__name__, error)
         return False
     theirs = _say(ModelReader(model), rows, shared)
-    return (ours - theirs).abs().max().item() <= (1e-4 if model.dtype == torch.float32 else 5e-2) * theirs.abs().max().item()
+    return apart(ours, theirs) <= (1e-4 if model.dtype == torch.float32 else rounding(model))
 
 _AGREE: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
 

@@ -8,6 +8,7 @@ import torch
 from doubles import KINDS, lake_agent, make_policy, random_rows, shake, windows
 from transformers import AutoModelForCausalLM, MambaConfig
 
+import llamagym.cache
 from llamagym.cache import SlotCache, attention_masks, forward, why_not_kept
 from llamagym.config import GenerateConfig
 from llamagym.engine import Engine
@@ -24,6 +25,25 @@ def engine_of(policy: Policy, **options) -> Engine:
 
 def policy_of(family: str, **overrides) -> Policy:
     return Policy(tiny_model(family, **overrides), tiny_tokenizer())
+
+
+@pytest.mark.parametrize("layers", [None, 24])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "mistral", "phi3", "gemma2"])
+def test_cache_tells_rounding_from_a_mistake(family, layers, monkeypatch):
+    """In bfloat16, of many layers too: what is kept is trusted, a single position out of sight is noticed"""
+
+    def model():
+        return tiny_model(family, **({} if layers is None else dict(num_hidden_layers=layers))).to(torch.bfloat16)
+
+    def forgetful(*args):
+        masks = attention_masks(*args)
+        for mask in masks.values() if isinstance(masks, dict) else [masks]:
+            mask[..., 2:3] = -torch.inf
+        return masks
+
+    assert why_not_kept(model()) is None
+    monkeypatch.setattr(llamagym.cache, "attention_masks", forgetful)
+    assert "lie apart" in why_not_kept(model())
 
 
 class Talk:

@@ -2,7 +2,6 @@
 
 import copy
 
-import numpy as np
 import pytest
 import torch
 from doubles import KINDS, lake_agent, make_policy
@@ -69,24 +68,24 @@ def test_cuda_recorded_steps_say_what_the_others_say(kind, dtype, record, monkey
 
 @pytest.mark.parametrize("kind", ["plain", "lora"])
 def test_cuda_learns_what_the_cpu_learns(kind):
-    """One update of the same episodes: losses and weights"""
-    policies = [make_policy(kind, device=device) for device in ("cpu", "cuda")]
-    agents = [lake_agent(policy, ppo__epochs=2) for policy in policies]
-    episodes = collect(agents[0], episodes=6, num_envs=3)
-    stats = [agent.learner.learn(copy.deepcopy(episodes)) for agent in agents]
+    """One update of the same episodes: what it logs, and where it takes the weights"""
+    policies = [make_policy(kind, device=device, dtype="float32") for device in ("cpu", "cuda")]
+    agents = [lake_agent(policy, ppo__epochs=1, ppo__mini_batch_size=1000) for policy in policies]  # Adam makes much of how small gradients are rounded
+    episodes, before = collect(agents[0], episodes=6, num_envs=3), [p.detach().clone() for p in policies[0].parameters()]
+    here, there = (agent.learner.learn(copy.deepcopy(episodes)) for agent in agents)
     for name in ("policy_loss", "value_loss", "entropy", "ref_kl", "logprob_gap"):
-        assert stats[0][name] == pytest.approx(stats[1][name], abs=1e-4), name
-    for a, b in zip(*(policy.parameters() for policy in policies)):
-        assert (a.cpu() - b.cpu()).abs().max() < 1e-3
+        assert there[name] == pytest.approx(here[name], rel=1e-3, abs=1e-4), name
+    moved = [torch.cat([(p.detach().cpu() - q).flatten() for p, q in zip(policy.parameters(), before)]) for policy in policies]
+    assert torch.nn.functional.cosine_similarity(*moved, dim=0) > 0.99
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_cuda_saves_and_loads(kind, tmp_path):
-    policy = make_policy(kind, device="cuda")
+    policy = make_policy(kind, device="cuda", dtype="float32")
     policy.set_reference()
     policy.save(tmp_path / "saved")
     ids = torch.arange(3, 40, device="cuda")[None]
     with torch.no_grad():
         for device in ("cuda", "cpu"):
             again = Policy.load(tmp_path / "saved", device=device)
-            assert np.allclose(policy.trunk(ids).float().cpu(), again.trunk(ids.to(device)).float().cpu(), atol=1e-5 if device == "cuda" else 1e-3)
+            assert (policy.trunk(ids).cpu() - again.trunk(ids.to(device)).cpu()).abs().max() < (1e-6 if device == "cuda" else 1e-3)

@@ -151,7 +151,7 @@ def test_decoder_rounds_up_the_sizes_of_recorded_steps(family, monkeypatch):
     monkeypatch.setattr(llamagym.decoder, "RECORD_AFTER", 1)
     monkeypatch.setattr(llamagym.decoder, "RECORD_LENGTH", 16)
     readers = []
-    monkeypatch.setattr(llamagym.engine, "reader_of", lambda model: readers.append(GraphDecoder(model, record=lambda step: step)) or readers[-1])
+    monkeypatch.setattr(llamagym.engine, "reader_of", lambda model: readers.append(GraphDecoder(model, record=lambda step, pool: step)) or readers[-1])
     agent = lake_agent(policy, generate__max_new_tokens=9)
     for a, b in zip(plain, collect(agent, episodes=24, num_envs=10, seed=3)):
         assert [t.response_ids for t in a.turns] == [t.response_ids for t in b.turns]
@@ -162,7 +162,7 @@ def test_decoder_rounds_up_the_sizes_of_recorded_steps(family, monkeypatch):
 def test_decoder_goes_on_without_recording(caplog):
     """A function that can't be recorded"""
 
-    def record(step):
+    def record(step, pool):
         raise RuntimeError("operation not permitted when stream is capturing")
 
     model, cache, starts = tiny_model("llama"), SlotCache(2), np.array([5, 9])
