@@ -346,6 +346,7 @@ class RolloutConfig(Section):
     path: ClassVar[str] = "rollout"
     num_envs: int = option(16, "environments played side by side", at_least=1)
     episodes: int = option(64, "episodes per update", at_least=1)
+    group_size: int|None = option(None, "episodes that begin alike, for algorithms that compare them; None takes the algorithm's own", at_least=1)
     workers: bool = option(False, "each environment in a process of its own, for slow ones: sampling goes on while they step")
     on_invalid: str|None = option(
         None, "what follows a response without an action: fallback (a legal action), terminate, or retry:n; None takes the task's, fallback without one", pattern=r"fallback|terminate|retry:[1-9]\d*")
@@ -358,7 +359,10 @@ class CreditConfig(Section):
     path: ClassVar[str] = "credit"
     gamma: float = option(1.0, "discount per turn", at_least=0, at_most=1)
     gae_lambda: float = option(0.95, "1 is return-to-go minus value, 0 the one-step error", at_least=0, at_most=1)
-    normalize: bool = option(True, "advantages to mean 0, deviation 1 over the whole batch's turns")
+    normalize: bool = option(True, "advantages to mean 0, deviation 1 over the whole batch's turns, where the algorithm has no scale of its own")
+    step_weight: float = option(1.0, "gigpo: weight of the comparison of turns in the same state", at_least=0)
+    history: int = option(0, "gigpo: earlier observations that are compared too", at_least=0)
+    algorithm: str = option("ppo", "ppo, reinforce, rloo, grpo, drgrpo, gigpo, or one registered by llamagym.algorithms", pattern=r".+")
 
 # %% ../nbs/04_config.ipynb #c11e796a
 @dataclass

@@ -20,10 +20,11 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from .algorithms import Algorithm, Credit, as_algorithm
 from .batch import Batch
 from .buffer import Episode
 from .config import CreditConfig, PPOConfig
-from .credit import assign, normalize_advantages
+from .credit import normalize_advantages
 from .policy import Policy
 from .rows import gradient_checkpointing, hidden_at, read_rows
 
@@ -120,10 +121,11 @@ def annotate(
     episodes: Sequence[Episode], # collected; `value`, `ref_logprobs` and `final_value` are filled in
     temperature: float = 1.0,    # that the responses were sampled with
     token_budget: int = 8192,    # padded tokens per forward pass
+    values: bool = True,         # ask the critic
 ) -> Reference:
     "Values of all states, and reference log-probabilities of all sampled tokens, written on the turns"
     batch = Batch.from_episodes(episodes, complete=False)
-    cut = [e for e in episodes if e.truncated]
+    cut = [e for e in episodes if e.truncated and values]
     if lost := [e for e in cut if e.final_ids is None]: raise ValueError(f"{lost[0]!r} is truncated but has no final_ids to read its last value from")
     rows = [*batch.rows, *(np.array(e.final_ids) for e in cut)]
     row = torch.cat([batch.token_row, batch.turn_row, torch.arange(batch.num_rows, len(rows))])
@@ -131,13 +133,14 @@ def annotate(
     sizes = [batch.num_tokens, batch.num_turns, len(cut)]
     with policy.as_reference(): tokens, turns, finals = hidden_at(policy, rows, row, position, token_budget).split(sizes)
     reference, logprobs = _read_reference(policy, tokens, turns, batch.token_ids, temperature)
+    everything = [turn for episode in episodes for turn in episode.turns]
+    for turn, ref_logprobs in zip(everything, logprobs.split([len(t.response_ids) for t in everything])): turn.ref_logprobs = ref_logprobs.cpu().numpy()
+    if not values: return reference
     if policy.critic != "reference":
         keep = slice(batch.num_tokens, None)
         turns, finals = hidden_at(policy, rows, row[keep], position[keep], token_budget).split(sizes[1:])
-    with torch.no_grad(): values, final_values = policy.value_head(turns).tolist(), policy.value_head(finals).tolist()
-    everything = [turn for episode in episodes for turn in episode.turns]
-    for turn, value, ref_logprobs in zip(everything, values, logprobs.split([len(t.response_ids) for t in everything])):
-        turn.value, turn.ref_logprobs = value, ref_logprobs.cpu().numpy()
+    with torch.no_grad(): predicted, final_values = policy.value_head(turns).tolist(), policy.value_head(finals).tolist()
+    for turn, value in zip(everything, predicted): turn.value = value
     for episode, value in zip(cut, final_values): episode.final_value = value
     return reference
 
@@ -328,12 +331,14 @@ class PPO:
         temperature: float = 1.0,           # that responses are sampled with
         seed: int = 0,                      # of the order of mini-batches
         failure_dir: str | Path = "runs/failed", # where a batch with a non-finite loss is saved
+        algorithm: str | Algorithm | Credit | None = None, # how turns are credited; default: `credit.algorithm`
     ):
         for name, value, kind in (("policy", policy, Policy), ("config", config, PPOConfig), ("credit", credit, CreditConfig)):
             if not isinstance(value, kind) and (value is not None or kind is Policy):
                 raise TypeError(f"{name} is a {type(value).__name__}; expected a {kind.__name__}")
         self.policy, self.config, self.credit, self.temperature = policy, config or PPOConfig(), credit or CreditConfig(), temperature
         self.kl_coef, self.failure_dir = self.config.kl_coef, Path(failure_dir)
+        self.algorithm = as_algorithm(self.credit.algorithm if algorithm is None else algorithm)
         self.generator = torch.Generator().manual_seed(seed)
         c = self.config
         critic_rate = c.critic_learning_rate or c.learning_rate
@@ -357,9 +362,9 @@ class PPO:
         for i, e in enumerate(episodes):
             if not isinstance(e, Episode): raise TypeError(f"item {i} of episodes is a {type(e).__name__}; expected an Episode")
         if not len(episodes): raise ValueError("no episodes to learn from")
-        reference = annotate(self.policy, episodes, self.temperature, self.config.token_budget)
-        assign(episodes, self.credit.gamma, self.credit.gae_lambda)
-        if self.credit.normalize:
+        reference = annotate(self.policy, episodes, self.temperature, self.config.token_budget, self.algorithm.needs_critic)
+        self.algorithm.credit(episodes, self.credit)
+        if self.algorithm.normalize and self.credit.normalize:
             with np.errstate(invalid="ignore"): normalize_advantages(episodes)   # an infinite reward makes NaN, which `update` refuses
         return self.update(Batch.from_episodes(episodes), reference) | _episode_stats(episodes)
 
@@ -372,7 +377,7 @@ class PPO:
         with _all_or_nothing(self.optimizer, self.generator), gradient_checkpointing(self.policy, c.gradient_checkpointing):
             began = time.perf_counter()
             self.optimizer.zero_grad(set_to_none=True)
-            check([batch.logprobs, batch.advantages, batch.returns, batch.values], "before the first step")
+            check([batch.logprobs, batch.advantages, batch.returns] + [batch.values] * self.algorithm.needs_critic, "before the first step")
             for epoch in range(c.epochs):
                 steps = self.mini_batches(batch)
                 log.start_epoch()
@@ -381,7 +386,8 @@ class PPO:
                     log.steps.append(_step(self.optimizer, losses, c.max_grad_norm, epoch, check))
                 if c.target_kl is not None and log.mean("approx_kl") > c.target_kl: break
             seen, seconds = (epoch + 1) * sum(map(len, batch.rows)), time.perf_counter() - began
-            stats = log.summary() | dict(kl_coef=self.kl_coef, epochs=epoch + 1, tokens_per_second=seen / seconds)
+            critic = {} if self.algorithm.needs_critic else dict.fromkeys(("value_loss", "explained_variance"), 0.0)
+            stats = log.summary() | critic | dict(kl_coef=self.kl_coef, epochs=epoch + 1, tokens_per_second=seen / seconds)
             self.policy.touch()
             if c.kl_target is not None: self.kl_coef = adapt_kl_coef(self.kl_coef, stats["ref_kl"], c.kl_target, batch.num_turns, c.kl_horizon)
             return stats
@@ -406,4 +412,6 @@ class PPO:
         terms = _loss_terms(self.policy, micro_on_device, reference.select(tokens, turns), c, self.temperature)
         log.add(terms, micro_on_device)
         per_token = terms.surrogate + self.kl_coef * terms.penalty - c.entropy_coef * terms.entropy
-        return steps * (per_token.sum() / batch.num_tokens + c.vf_coef * terms.critic.sum() / batch.num_turns)
+        loss = per_token.sum() / batch.num_tokens
+        if self.algorithm.needs_critic: loss = loss + c.vf_coef * terms.critic.sum() / batch.num_turns
+        return steps * loss

@@ -61,9 +61,9 @@ class _Slot:
 
     def _make(self) -> TextEnv: return TextEnv(self.task, RemoteEnv(self.task.env, self.task.max_steps) if self.remote else None)
 
-    def start(self, index: int, seed: int) -> None:
+    def start(self, index: int, seed: int, group_size: int) -> None:
         "Begin an episode"
-        self.index, self.seed, self.dialogue, self.request = index, episode_seed(seed, index), None, None
+        self.index, self.seed, self.dialogue, self.request = index, episode_seed(seed, index // group_size), None, None
         session = self.agent.spawn()      # what a user's methods keep on self belongs to one episode
         self.task = session.task(self.task.env)
         if self.env is None: self.env = self._make()
@@ -131,13 +131,13 @@ class _Round:
             self.done[slot.index] = episode
             self.free.append(slot)
 
-    def play(self, indices: Iterable[int], seed: int) -> None:
+    def play(self, indices: Iterable[int], seed: int, group_size: int) -> None:
         "Play episodes to their end"
         waiting = deque(indices)
         while waiting or self.in_env or self.speaking:
             while self.free and waiting:
                 slot = self.free.pop()
-                self.attempt(slot, slot.start, waiting.popleft(), seed, goes_to=self.in_env)
+                self.attempt(slot, slot.start, waiting.popleft(), seed, group_size, goes_to=self.in_env)
             asked, self.in_env = self.in_env, []
             for slot in asked:
                 if slot.env.ready(): self.attempt(slot, lambda s=slot: s.ask(self.engine, **self.how), goes_to=self.speaking)
@@ -160,15 +160,16 @@ def collect(
     env: Any = None,             # id, factory, instance or vector environment; an agent of a task knows its own
     episodes: int = 64,          # how many, all played to their end
     num_envs: int = 16,          # played side by side; of a vector environment, as many as it has
-    seed: int = 0,               # episode i resets with `episode_seed(seed, i)` and samples from the stream (seed, i)
+    seed: int = 0,               # episode i resets with `episode_seed(seed, i // group_size)` and samples from the stream (seed, i)
     first: int = 0,              # index of the first episode
     greedy: bool = False,        # the likeliest token instead of a sampled one
     engine: Engine | None = None, # what samples; default: the agent's, which keeps to what it can learn from
     top: int = 0,                # likeliest alternatives to record per token
+    group_size: int = 1,         # episodes that begin alike, for algorithms that compare them
     workers: bool | None = None, # each environment in a process of its own; default: as configured, and as a vector environment has it
 ) -> Rollout:
     "Play episodes side by side. Raises `RolloutError` if all of them fail, and warns of each one that does"
-    for name, value, least in (("episodes", episodes, 1), ("num_envs", num_envs, 1), ("seed", seed, 0), ("first", first, 0)):
+    for name, value, least in (("episodes", episodes, 1), ("num_envs", num_envs, 1), ("seed", seed, 0), ("first", first, 0), ("group_size", group_size, 1)):
         if not isinstance(value, int) or value < least: raise ValueError(f"{name}={value!r}: expected a whole number of at least {least}")
     _check(agent, env)
     envs, apart = from_vector(env) if isinstance(env, gym.vector.VectorEnv) else ([env] * num_envs, False)
@@ -180,7 +181,7 @@ def collect(
         if len(slots) > 1 and slots[0].task.single:
             raise ValueError(f"num_envs={num_envs} but env is one instance that Gymnasium cannot make again; pass a factory, or num_envs=1")
         play = _Round(slots, engine, greedy=greedy, top=top)
-        play.play(range(first, first + episodes), seed)
+        play.play(range(first, first + episodes), seed, group_size)
     finally:
         for slot in slots: slot.close()
         engine.drop()

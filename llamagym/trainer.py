@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
 from .agent import Agent
+from .algorithms import Algorithm, Credit, as_algorithm
 from .base import atomic_folder, recover_folder
 from .config import TrainerConfig
 from .ppo import PPO
@@ -154,7 +155,11 @@ class Run:
         return f"Run({str(self.output_dir)!r}, {state} after {len(self.history)} updates{last})" + (f"\n{self.evaluation!r}" if self.evaluation else "")
 
 # %% ../nbs/12_trainer.ipynb #bb002900
-def _settle(agent: Agent, config: TrainerConfig | None) -> TrainerConfig:
+def _group_size(agent: Agent) -> int:
+    "Episodes that begin alike"
+    return agent.config.rollout.group_size or agent.learner.algorithm.group_size
+
+def _settle(agent: Agent, config: TrainerConfig | None, algorithm: str | Algorithm | Credit | None = None) -> TrainerConfig:
     "The settings of a run, which are the agent's from now on: a checkpoint saves those"
     if not isinstance(agent, Agent): raise TypeError(f"agent is a {type(agent).__name__}; expected a llamagym Agent")
     if config is not None and not isinstance(config, TrainerConfig):
@@ -162,6 +167,11 @@ def _settle(agent: Agent, config: TrainerConfig | None) -> TrainerConfig:
     if config is not None:
         agent.config.trainer = config
         agent.learner.generator.manual_seed(config.seed)
+    if algorithm is not None:
+        agent.learner.algorithm = as_algorithm(algorithm)
+        agent.config.credit.algorithm = agent.learner.algorithm.name
+    size, episodes = _group_size(agent), agent.config.rollout.episodes
+    if episodes % size: raise ValueError(f"rollout.episodes={episodes}: expected a multiple of {size}, the episodes that begin alike (rollout.group_size, or the algorithm's own)")
     return agent.config.trainer
 
 def _due(every: int, update: int, last: int) -> bool:
@@ -176,8 +186,9 @@ class Trainer:
         env: Any = None,                      # id, factory or instance; an agent of a task knows its own
         config: TrainerConfig | None = None,  # default: `agent.config.trainer`
         callbacks: Sequence[str | Callback] = (), # further ones, by name or as objects; `progress` and `metrics` are always there
+        algorithm: str | Algorithm | Credit | None = None, # how turns are credited: a name, or a function; default: `agent.config.credit.algorithm`
     ):
-        self.agent, self.env, self.config = agent, env, _settle(agent, config)
+        self.agent, self.env, self.config = agent, env, _settle(agent, config, algorithm)
         self.output_dir, self.updates = Path(self.config.output_dir), self.config.updates
         self.callbacks = [Progress(), Metrics(), *map(as_callback, callbacks)]
         self.update, self.episodes, self.history = 0, 0, []
@@ -192,7 +203,8 @@ class Trainer:
         "One update: collect, learn"
         self._tell("on_update_start")
         rollout_config, began = self.agent.config.rollout, time.perf_counter()
-        rollout = collect(self.agent, self.env, rollout_config.episodes, rollout_config.num_envs, self.config.seed, first=self.episodes)
+        rollout = collect(self.agent, self.env, rollout_config.episodes, rollout_config.num_envs, self.config.seed, first=self.episodes,
+                          group_size=_group_size(self.agent))
         self._tell("on_collect_end", rollout)
         stats = self.agent.learner.learn(rollout)
         self.episodes += rollout_config.episodes

@@ -146,13 +146,13 @@ def test_credit_by_name(tmp_path, monkeypatch):
 def test_credit_by_trainer(name, tmp_path):
     """A whole run by each name, and the groups it collects"""
     seeds = []
-    agent = agent_of(trainer__output_dir=str(tmp_path), trainer__updates=2, trainer__eval_every=0,
-                     trainer__checkpoint_every=0, rollout__episodes=4, rollout__num_envs=4, rollout__group_size=None if name in ("ppo", "reinforce") else 2)  # fmt: skip
+    size = 1 if name in ("ppo", "reinforce") else 2
+    agent = agent_of(trainer__output_dir=str(tmp_path), trainer__updates=2, trainer__eval_every=0, trainer__checkpoint_every=0,
+                     rollout__episodes=4, rollout__num_envs=4, rollout__group_size=size if size > 1 else None)  # fmt: skip
     trainer = Trainer(agent, algorithm=name)
     learn = agent.learner.learn
     agent.learner.learn = lambda episodes: seeds.append([e.seed for e in episodes]) or learn(episodes)
     run = trainer.fit()
-    size = 1 if name in ("ppo", "reinforce") else 2
     assert seeds == [[episode_seed(0, i // size) for i in range(4)], [episode_seed(0, i // size) for i in range(4, 8)]]
     assert len(run.history) == 2 and all(np.isfinite(line["policy_loss"]) for line in run.history)
 
