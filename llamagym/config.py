@@ -388,6 +388,10 @@ class PPOConfig(Section):
     token_budget: int = option(8192, "padded tokens per micro-batch: memory, not results", at_least=1)
     gradient_checkpointing: bool = option(False, "compute the inside of layers again in the backward pass: one more forward pass, a fraction of the memory")
     entropy_coef: float = option(0.0, "weight of the entropy bonus, per token over the vocabulary", at_least=0)
+    ratio: Literal["token", "turn", "sequence"] = option("token", "probability ratios of tokens, of whole turns, or (their geometric mean) of all that is sampled in a row")
+    clip_range_high: float|None = option(None, "the ratio counts up to 1 + this instead; None takes clip_range", above=0)
+    dual_clip: float|None = option(None, "where the advantage is negative, the ratio counts up to this; None lets it grow", above=1)
+    kl_in: Literal["loss", "reward"] = option("loss", "where kl_coef counts: as a loss of its own, or as a cost of each turn, which is credited like the rewards")
 
     @classmethod
     def from_2024(
