@@ -13,7 +13,7 @@ from collections.abc import Callable, Hashable, Sequence
 import numpy as np
 
 from .buffer import Episode
-from .credit import require_over, return_to_go
+from .credit import require_over, return_to_go, standardized
 
 # %% ../nbs/03_groups.ipynb #769a020d
 def batch_normalized(
@@ -22,8 +22,7 @@ def batch_normalized(
     "REINFORCE with return batch normalisation (ReBN, https://arxiv.org/abs/2510.01051): mean 0 and deviation 1 over all turns; 0 where all are the same"
     flat = np.concatenate([[], *returns])
     if not len(flat): raise ValueError(f"there is no turn to normalise in {len(returns)} episodes")
-    scale = flat.std() if flat.std() > 1e-8 else 1.0
-    return [(np.asarray(r, dtype=np.float64) - flat.mean())/scale for r in returns]
+    return np.split(standardized(flat)[0], np.cumsum([len(r) for r in returns])[:-1])
 
 # %% ../nbs/03_groups.ipynb #d20c2d3d
 def _group(returns: Sequence[float]) -> np.ndarray:
