@@ -64,7 +64,7 @@ def memory() -> list[dict]:
 def where(agent, episodes) -> str:
     """Where the time of an update goes"""
     parts = dict(reference=[(llamagym.ppo, "annotate")], backward=[(torch.Tensor, "backward")], optimiser=[(torch.optim.AdamW, "step")])
-    with Meter(**parts, forward=[(llamagym.ppo, "_loss_terms")]) as meter:
+    with Meter(**parts, forward=[(llamagym.ppo, "loss_terms")]) as meter:
         agent.learner.learn(episodes)
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
         agent.learner.learn(episodes)

@@ -12,7 +12,7 @@ from functools import partial
 
 from .buffer import Episode
 from .config import CreditConfig
-from .credit import assign
+from .credit import assign, assign_tokens, bilevel_gae, token_gae
 from .groups import assign_gigpo, assign_groups, assign_returns, group_normalized, leave_one_out
 
 # %% ../nbs/07_algorithms.ipynb #f8eafd6e
@@ -25,7 +25,8 @@ class Algorithm:
     credit: Credit             # fills `advantage` (or `token_advantages`) and `returns` of each turn
     group_size: int = 1        # episodes that begin alike, unless `rollout.group_size` says otherwise
     needs_critic: bool = True  # `credit` reads the critic's values, and the critic is trained
-    normalize: bool = True     # advantages are then brought to mean 0 and deviation 1 over the batch, unless `credit.normalize` is off
+    normalize: bool = True     # advantages are then brought to mean 0 and deviation 1, unless `credit.normalize` is off
+    per_token: bool = False    # `credit` reads `values` of tokens and fills `token_advantages` and `token_returns`, which the critic is taught
 
 ALGORITHMS: dict[str, Algorithm] = {}
 
@@ -39,6 +40,11 @@ def register_algorithm(
 
 # %% ../nbs/07_algorithms.ipynb #89a74cbe
 def _gae(episodes: Sequence[Episode], config: CreditConfig) -> None: assign(episodes, config.gamma, config.gae_lambda)
+def _tokens(episodes: Sequence[Episode], config: CreditConfig) -> None:
+    assign_tokens(episodes, lambda rewards, values, bootstrap: token_gae(rewards, values, config.gamma, config.gae_lambda, bootstrap))
+def _bilevel(episodes: Sequence[Episode], config: CreditConfig) -> None:
+    assign_tokens(episodes, lambda rewards, values, bootstrap: bilevel_gae(
+        rewards, values, config.gamma, config.gae_lambda, bootstrap, config.token_gamma, config.token_lambda))
 def _returns(episodes: Sequence[Episode], config: CreditConfig) -> None: assign_returns(episodes, config.gamma)
 def _groups(estimator, episodes: Sequence[Episode], config: CreditConfig) -> None: assign_groups(episodes, estimator, config.gamma)
 def _states(episodes: Sequence[Episode], config: CreditConfig) -> None:
@@ -47,6 +53,8 @@ def _states(episodes: Sequence[Episode], config: CreditConfig) -> None:
 _GROUP = dict(group_size=8, needs_critic=False, normalize=False)
 for algorithm in (
     Algorithm("ppo", _gae),
+    Algorithm("ppo_token", _tokens, per_token=True),
+    Algorithm("ppo_bilevel", _bilevel, per_token=True),
     Algorithm("reinforce", _returns, needs_critic=False, normalize=False),
     Algorithm("rloo", partial(_groups, leave_one_out), **_GROUP),
     Algorithm("grpo", partial(_groups, group_normalized), **_GROUP),

@@ -34,20 +34,25 @@ class Turn:
     truncated: bool = False                         # a limit ended it here: the future exists but wasn't played
     valid: bool = True                              # the response held an action
     invalid_reason: str|None = None                 # why not
-    logprobs: np.ndarray|None = None                # float32 [n] nats, under the distribution sampled from
-    entropy: np.ndarray|None = None                 # float32 [n] nats
-    ref_logprobs: np.ndarray|None = None            # float32 [n] nats, of the reference policy
-    values: np.ndarray|None = None                  # float32 [n] per token, for token-level estimators
-    token_advantages: np.ndarray|None = None        # float32 [n], instead of `advantage` where given
-    token_returns: np.ndarray|None = None           # float32 [n]
+    logprobs: np.ndarray|None = None                # float32 [d] nats, under the distribution sampled from
+    entropy: np.ndarray|None = None                 # float32 [d] nats
+    ref_logprobs: np.ndarray|None = None            # float32 [d] nats, of the reference policy
+    values: np.ndarray|None = None                  # float32 [d] per token, for token-level estimators
+    token_advantages: np.ndarray|None = None        # float32 [d], instead of `advantage` where given
+    token_returns: np.ndarray|None = None           # float32 [d]
     value: float|None = None                        # V(s_t), read at the last prompt token
     advantage: float|None = None                    # of the turn, the same for each of its tokens
     returns: float|None = None                      # what the value should have been
     top_alternatives: list[list[tuple[int, float]]]|None = None  # per token: (id, logprob in nats), most probable first
     candidates: list[str]|None = None               # the k responses that were scored, where actions are scored
-    candidate_logprobs: np.ndarray|None = None      # float32 [k] nats
+    candidate_logprobs: np.ndarray|None = None      # float32 [k] nats, of a distribution over the candidates
     flags: dict[str, Any] = field(default_factory=dict)  # notes of later parts, by name
     frame: np.ndarray|None = None                   # uint8 [H, W, 3], the rendered environment
+    candidate_ids: list[list[int]]|None = None      # ids of each candidate; `response_ids` is one of them
+
+    @property
+    def num_decisions(self) -> int:     # d: how often something was drawn. A choice among candidates is one decision, however many tokens it has
+        return len(self.response_ids) if self.candidate_ids is None else 1
 
     def __repr__(self) -> str:
         "What was seen, said and rewarded, and whatever else isn't its default"
@@ -145,10 +150,11 @@ _PER_TOKEN = ("logprobs", "entropy", "ref_logprobs", "values", "token_advantages
 
 def _drift(episode: Episode, t: int, turn: Turn) -> str|None:
     "What doesn't fit in turn `t`, if anything"
-    n = len(turn.response_ids)
+    n, d = len(turn.response_ids), turn.num_decisions
     for name in _PER_TOKEN:
         array = getattr(turn, name)
-        if array is not None and len(array) != n: return f"{len(array)} {name} for {n} response_ids"
+        if array is not None and len(array) != d: return f"{len(array)} {name} for {counted(d, 'choice') if turn.candidate_ids else f'{d} response_ids'}"
+    if turn.candidate_ids is not None and turn.response_ids not in turn.candidate_ids: return "its response_ids are none of its candidate_ids"
     k = None if turn.candidates is None else len(turn.candidates)
     if turn.candidate_logprobs is not None and len(turn.candidate_logprobs) != k: return f"{len(turn.candidate_logprobs)} candidate_logprobs for {k} candidates"
     if not np.isfinite(turn.reward): return f"its reward is {turn.reward}"
@@ -230,7 +236,7 @@ _TURN = pa.struct(dict(
     logprobs=_floats, entropy=_floats, ref_logprobs=_floats, values=_floats, token_advantages=_floats, token_returns=_floats,
     value=pa.float64(), advantage=pa.float64(), returns=pa.float64(),
     top_alternatives=pa.list_(pa.list_(pa.struct(dict(id=pa.int64(), logprob=pa.float64())))),
-    candidates=pa.list_(pa.string()), candidate_logprobs=_floats, flags=pa.string(),
+    candidates=pa.list_(pa.string()), candidate_logprobs=_floats, candidate_ids=pa.list_(_ints), flags=pa.string(),
     frame=pa.struct(dict(shape=_ints, data=pa.large_binary()))))
 _FORMAT, _VERSION = b"llamagym.episodes", b"1"
 _SCHEMA = pa.schema(dict(

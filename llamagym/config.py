@@ -289,6 +289,7 @@ class GenerateConfig(Section):
     do_sample: bool = option(True, "False takes the most probable token; evaluation only")
     top_p: float = option(1.0, "keep the most probable tokens up to this mass; evaluation only", above=0, at_most=1)
     top_k: int = option(0, "keep this many most probable tokens, 0 keeps all; evaluation only", at_least=0)
+    length_normalized: bool = option(False, "scored actions: a label counts by the mean of its tokens' log-probabilities instead of their sum")
 
     def for_training(self) -> "GenerateConfig":
         "A copy that samples from the full softmax, with one warning if that changes anything"
@@ -362,7 +363,11 @@ class CreditConfig(Section):
     normalize: bool = option(True, "advantages to mean 0, deviation 1 over the whole batch's turns, where the algorithm has no scale of its own")
     step_weight: float = option(1.0, "gigpo: weight of the comparison of turns in the same state", at_least=0)
     history: int = option(0, "gigpo: earlier observations that are compared too", at_least=0)
-    algorithm: str = option("ppo", "ppo, reinforce, rloo, grpo, drgrpo, gigpo, or one registered by llamagym.algorithms", pattern=r".+")
+    algorithm: str = option("ppo", "ppo, ppo_token, ppo_bilevel, reinforce, rloo, grpo, drgrpo, gigpo, or one registered by llamagym.algorithms", pattern=r".+")
+    token_gamma: float = option(1.0, "ppo_bilevel: discount per token within a turn", at_least=0, at_most=1)
+    token_lambda: float = option(1.0, "ppo_bilevel: lambda within a turn", at_least=0, at_most=1)
+    normalize_over: Literal["batch", "mini-batch", "group"] = option("batch", "what normalize takes together: all turns of an update, those of an optimiser step, or those of episodes that began alike")
+    keep_groups: float|None = option(None, "trains on this share of the groups, those whose returns differ most; 1 leaves out groups whose returns are all the same; None keeps all", above=0, at_most=1)
 
 # %% ../nbs/04_config.ipynb #c11e796a
 @dataclass
@@ -392,6 +397,8 @@ class PPOConfig(Section):
     clip_range_high: float|None = option(None, "the ratio counts up to 1 + this instead; None takes clip_range", above=0)
     dual_clip: float|None = option(None, "where the advantage is negative, the ratio counts up to this; None lets it grow", above=1)
     kl_in: Literal["loss", "reward"] = option("loss", "where kl_coef counts: as a loss of its own, or as a cost of each turn, which is credited like the rewards")
+    critic_warmup: int = option(0, "first updates, in which only the critic learns", at_least=0)
+    importance_cap: float|None = option(None, "weighs what was sampled by how much likelier the learner makes it, up to this, before ratios are taken; None takes the sampler to be the learner", above=0)
 
     @classmethod
     def from_2024(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['log', 'MERGE_BYTES', 'RECORD_AFTER', 'RECORD_LENGTH', 'DECODED', 'Joined', 'cut_length', 'OneQuery', 'attend_many',
-           'Layer', 'Decoder', 'cuda_graph', 'GraphDecoder', 'ModelReader', 'reader_of']
+           'Layer', 'pick', 'Decoder', 'cuda_graph', 'GraphDecoder', 'ModelReader', 'reader_of']
 
 # %% ../nbs/06_decoder.ipynb #ea84902d
 import copy
@@ -166,6 +166,13 @@ class Layer:
         return x + self.down(self.activation(gate) * up)
 
 # %% ../nbs/06_decoder.ipynb #ce2ce627
+def pick(
+    states: Tensor, # [n, q, ...]
+    index: Tensor,  # int64 [n] or [n, m]
+) -> Tensor: # [n, ...] or [n, m, ...]
+    "One or several of each row"
+    return states[torch.arange(len(states)).reshape(-1, *[1] * (index.ndim - 1)), index]
+
 MERGE_BYTES = 2**30   # float32 weights up to this size are copied, with their adapters in them
 
 class Decoder:
@@ -186,9 +193,9 @@ class Decoder:
         ids: Tensor,        # int64 [n, q] new tokens, padded on the right
         first: int,         # row of the cache that the first of them continues; the others follow it
         starts: np.ndarray, # int64 [n] positions that each row holds already
-        last: Tensor,       # int64 [n] which of the new tokens is the last of its row
+        last: Tensor,       # int64 [n] which of the new tokens is the last of its row; or [n, m], several of each row
         shared: int = 0,    # positions at the beginning that all these rows have in common with row 0
-    ) -> Tensor: # [n, H]
+    ) -> Tensor: # [n, H]; or [n, m, H]
         "The hidden state of the last new token of each row"
         positions = cache.place(first, starts, ids.shape[1], self.model.device)
         return self.run(cache, ids.to(self.model.device), positions, starts + 1, last, 0 if self.window else shared)
@@ -205,7 +212,7 @@ class Decoder:
             query, keys, values = layer.project(x, self.heads, self.kv_heads, angles)
             seen = attention[self.config.layer_types[i] if isinstance(masks, dict) else None](query, *table.update(keys, values), table, layer.scale)
             x = x + layer.out(seen.transpose(1, 2).flatten(2))
-            if i == len(self.layers) - 1: x = x[torch.arange(len(x)), last] if ids.shape[1] > 1 else x[:, 0]
+            if i == len(self.layers) - 1: x = pick(x, last) if ids.shape[1] > 1 else x[:, 0] if last is None or last.ndim == 1 else x
             x = layer.think(x)
         return self.norm(x)
 
@@ -294,7 +301,8 @@ class GraphDecoder(Decoder):
                 log.warning("the steps of %s are not recorded: %s", type(self.model).__name__, error)
                 self.record = None
                 return super().read(cache, ids, first, starts, last, shared)
-        return self.steps[size](ids, starts)
+        hidden = self.steps[size](ids, starts)
+        return hidden if last is None or last.ndim == 1 else hidden[:, None]
 
 # %% ../nbs/06_decoder.ipynb #107ba1f0
 class ModelReader:
@@ -306,7 +314,7 @@ class ModelReader:
 
     def read(self, cache: SlotCache, ids: Tensor, first: int, starts: np.ndarray, last: Tensor, shared: int = 0) -> Tensor:
         "The hidden state [n, H] of the last new token of each row; see `Decoder.read`"
-        return forward(self.model, cache, ids, first, starts)[torch.arange(len(ids)), last]
+        return pick(forward(self.model, cache, ids, first, starts), last)
 
     def logits(self, hidden: Tensor) -> Tensor:
         "Logits [N, V], in float32, of hidden states [N, H]"

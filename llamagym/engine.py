@@ -86,6 +86,7 @@ class Sample:
     entropy: np.ndarray    # [n] float32 nats, of that distribution
     stopped: bool          # the model ended it; else it was cut at `max_new_tokens`
     top: list[list[tuple[int, float]]] | None = None # per token: the likeliest alternatives, (id, nats)
+    candidate_logprobs: np.ndarray | None = None # [k] float32 nats, where one of k candidates was chosen: `logprobs` and `entropy` are [1] then
 
 @dataclass(eq=False)
 class Request:
@@ -96,6 +97,7 @@ class Request:
     top: int = 0                         # likeliest alternatives to record per token
     key: Hashable | None = None          # whose prompt it is; `None`: nobody will go on with it
     sample: Sample | None = None         # the response
+    candidates: list[list[int]] | None = None # responses to choose among, by their probabilities; `None`: any
 
 @dataclass(eq=False)
 class _Row:
@@ -225,15 +227,16 @@ class _Table:
             if self.version is not None: self.drop()
             self.version, self.reader = self.policy.version, reader_of(self.policy.answering)
 
-    def forward(self, rows: list[_Row], first: int, part: str) -> Tensor:
-        "[n, H] the hidden state after the last token of each row; `first` is the table's row of the first of them"
+    def forward(self, rows: list[_Row], first: int, part: str, last: int | None = None) -> Tensor:
+        "[n, H] the hidden state after the last token of each row, or [n, m, H] after the `last` m; `first` is the table's row of the first of them"
         began = time.perf_counter()
         starts, ends = (np.array(list(numbers), dtype=np.int64) for numbers in ((r.cached for r in rows), (len(r.ids) for r in rows)))
         new, width = ends - starts, int((ends - starts).max())
         ids = np.full((len(rows), width), self.policy.pad_id)
         for i, row in enumerate(rows): ids[i, :new[i]] = row.ids[row.cached:]
         shared = min(row.shared for row in rows)
-        hidden = self.reader.read(self.cache, torch.from_numpy(ids), first, starts, torch.from_numpy(new - 1), shared if shared >= SHARE_TOKENS else 0)
+        looked_at = new - 1 if last is None else (new[:, None] + np.arange(-last, 0)).clip(min=0)
+        hidden = self.reader.read(self.cache, torch.from_numpy(ids), first, starts, torch.from_numpy(looked_at), shared if shared >= SHARE_TOKENS else 0)
         for row in rows: row.cached = len(row.ids)
         if part == "read":
             self.stats.read_tokens += int(new.sum()); self.stats.read_padding += ids.size - int(new.sum())
@@ -304,6 +307,64 @@ def _check_request(name: str, prompt: Sequence[int], stream: np.random.Generator
     if not greedy and not isinstance(stream, np.random.Generator):
         raise TypeError(f"the random stream of {name} is a {type(stream).__name__}; expected a numpy Generator, such as np.random.default_rng(seed)")
 
+# %% ../nbs/06_engine.ipynb #11fc7fb1
+def _check_candidates(candidates: Sequence[Sequence[int]], policy: Policy) -> list[list[int]]:
+    "Candidates as lists, if there are some, all different, of ids of the vocabulary, and the model can weigh them"
+    lists, vocabulary = [list(ids) for ids in candidates], policy.causal_lm.get_input_embeddings().num_embeddings
+    if not lists: raise ValueError("candidates is empty: expected at least one response to choose")
+    if len(set(map(tuple, lists))) < len(lists): raise ValueError(f"{len(lists)} candidates, of which some have the same ids: two actions need two different labels")
+    for k, ids in enumerate(lists):
+        if not ids or not 0 <= min(ids) <= max(ids) < vocabulary: raise ValueError(f"candidate {k} is {ids}; expected ids from 0 to {vocabulary - 1}, one at least")
+    if why := why_not_kept(policy.answering): raise ValueError(f"{type(policy.answering).__name__} can't weigh candidates, since {why}. Let it answer freely: use an Agent")
+    return lists
+
+# %% ../nbs/06_engine.ipynb #27fc9ea1
+def _alike(candidates: Sequence[list[int]]) -> int:
+    "How many ids all candidates begin with in common; each keeps at least one of its own"
+    return min([len(candidates[0]) - 1, *(min(_common(candidates[0], c), len(c) - 1) for c in candidates[1:])])
+
+def _weigh(table: _Table, rows: list[_Row], length_normalized: bool) -> Tensor:
+    "[n, K] the log-probability of each row's candidates, in nats; -inf where it has fewer. The rows are the table's first"
+    requests, known = [row.request.candidates for row in rows], [_alike(row.request.candidates) for row in rows]
+    scores = torch.zeros(len(rows), max(map(len, requests)), device=table.policy.device)
+
+    def add(hidden: Tensor, places: list[tuple[int, int, int, int]]) -> None:
+        "Add what follows hidden states [n, m, H]: for each token its row, place, candidate and id"
+        row, place, candidate, ids = torch.tensor(places, device=scores.device).T
+        logprobs = table.reader.logits(hidden.flatten(0, 1)).log_softmax(-1)[row * hidden.shape[1] + place, ids]
+        scores.index_put_((row, candidate), logprobs, accumulate=True)
+
+    for row, candidates, n in zip(rows, requests, known): row.hold(row.ids + candidates[0][:n], row.cached)
+    last = max(known) + 1
+    add(table.forward(rows, 1, "read", last), [(i, last - 1 - n + j, k, ids[j]) for i, (candidates, n) in enumerate(zip(requests, known))
+                                               for k, ids in enumerate(candidates) for j in range(n + 1)])
+    starts = np.array([row.cached for row in rows])
+    for k in range(scores.shape[1]):
+        rest = [candidates[k][n:] if k < len(candidates) else [] for candidates, n in zip(requests, known)]
+        width = max(map(len, rest)) - 1
+        if width < 1: continue
+        began, ids = time.perf_counter(), np.full((len(rows), width), table.policy.pad_id)
+        for i, branch in enumerate(rest): ids[i, :max(len(branch) - 1, 0)] = branch[:-1]
+        hidden = table.reader.read(table.cache, torch.from_numpy(ids), 1, starts, torch.arange(width).expand(len(rows), -1))
+        add(hidden, [(i, j, k, token) for i, branch in enumerate(rest) for j, token in enumerate(branch[1:])])
+        table.stats.seconds["speak"] += time.perf_counter() - began
+    sizes = torch.tensor([[len(c[k]) if k < len(c) else 0 for k in range(scores.shape[1])] for c in requests], device=scores.device)
+    return (scores / sizes.clamp(min=1) if length_normalized else scores).masked_fill(sizes == 0, -torch.inf)
+
+def _choose(table: _Table, rows: list[_Row], stop_ids: Collection[int], config: GenerateConfig) -> None:
+    "Choose a candidate for each row, and hand it over. The rows are the table's first"
+    requests, prompts = [row.request for row in rows], [row.ids for row in rows]
+    logprobs = (_weigh(table, rows, config.length_normalized) / config.temperature).log_softmax(-1)
+    drawn = draw_from(logprobs, np.array([0.0 if r.greedy else r.stream.random() for r in requests]), np.array([r.greedy for r in requests]), excluded=True)
+    for i, (row, request, prompt, choice) in enumerate(zip(rows, requests, prompts, drawn.tokens.tolist())):
+        ids = request.candidates[choice]
+        request.sample = Sample(list(ids), drawn.logprobs[[i]], drawn.entropy[[i]], ids[-1] in stop_ids,
+                                candidate_logprobs=logprobs[i, :len(request.candidates)].cpu().numpy())
+        row.hold(prompt + ids, min(row.cached, len(prompt)))
+        row.request = None
+        if row.key is None: row.hold([], 0)
+    table.stats.spoken_tokens += len(rows); table.stats.steps += 1
+
 # %% ../nbs/06_engine.ipynb #eeb54825
 class EngineSteps:
     "What happens in one step of an engine"
@@ -322,7 +383,7 @@ class EngineSteps:
         "Give each request a row"
         if self.queue or self.table.reader is None: self.table.keep_up()
         rows, self.now = self.table.rows, self.now + 1
-        while self.queue:
+        while self.queue and (not rows.live or (rows.rows[0].request.candidates is None) == (self.queue[0].candidates is None)):
             i = rows.find(self.queue[0].key, self.most_idle)
             rows.rows[i].take(self.queue.popleft(), self.now)
             rows.listen(i)
@@ -336,6 +397,17 @@ class EngineSteps:
             first = rows.speaking
             rows.speaking += _next_to_read([len(row.ids) - row.cached for row in rows.rows[first:rows.live]])
             finished += self._say(first, table.forward(rows.rows[first:rows.speaking], first + 1, "read"))
+        return finished
+
+    def _choose(self) -> list[Request]:
+        "Choose among the candidates of all rows"
+        table, rows, finished = self.table, self.table.rows, []
+        table.share_prefix()
+        while rows.live:
+            some = rows.rows[:_next_to_read([len(row.ids) - row.cached for row in rows.rows[:rows.live]])]
+            finished += [row.request for row in some]
+            _choose(table, some, self.stop_ids, self.config)
+            for i in reversed(range(len(some))): rows.rest(i)
         return finished
 
     def _speak(self) -> list[Request]:
@@ -396,12 +468,14 @@ class Engine(EngineSteps):
         greedy: bool = False,                    # take the likeliest token
         top: int = 0,                            # likeliest alternatives to record per token
         key: Hashable | None = None,             # of the conversation, if it may go on
+        candidates: Sequence[Sequence[int]] | None = None, # ids of the responses to choose among, all different; default: sample one
     ) -> Request:
         "Ask for a response; `step` until the request's `sample` is there"
         _check_request("the prompt", prompt, stream, greedy, self.policy)
         if key is not None and any(row.request for row in [self.table.rows.of_key.get(key)] if row):
             raise ValueError(f"{key!r} is being answered already; a conversation has one turn at a time")
-        self.queue.append(Request(list(prompt), stream, greedy, top, key))
+        if candidates is not None: candidates = _check_candidates(candidates, self.policy)
+        self.queue.append(Request(list(prompt), stream, greedy, top, key, candidates=candidates))
         return self.queue[-1]
 
     @torch.no_grad()
@@ -410,6 +484,7 @@ class Engine(EngineSteps):
         try:
             if why_not_kept(self.policy.answering) is not None: return self._answer_whole()
             rows = self._admit()
+            if rows.live and rows.rows[0].request.candidates is not None: return self._choose()
             listening = rows.live - rows.speaking
             return self._read() if listening and 4 * listening >= rows.live else self._speak() if rows.speaking else []
         except BaseException:
@@ -422,11 +497,13 @@ class Engine(EngineSteps):
         greedy: bool = False,                              # take the likeliest token
         top: int = 0,                                      # likeliest alternatives to record per token
         keys: Sequence[Hashable | None] | None = None,     # of the conversations, where they may go on
+        candidates: Sequence[Sequence[Sequence[int]] | None] | None = None, # of each prompt, the responses to choose among
     ) -> list[Sample]: # one per prompt
         "Sample one response to each prompt"
         if len(prompts) != len(streams): raise ValueError(f"{len(prompts)} prompts but {len(streams)} random streams; each prompt needs its own")
         for i, (prompt, stream) in enumerate(zip(prompts, streams)): _check_request(f"prompt {i}", prompt, stream, greedy, self.policy)
-        requests = [self.submit(p, s, greedy, top, k) for p, s, k in zip(prompts, streams, keys or [None] * len(prompts))]
+        nothing = [None] * len(prompts)
+        requests = [self.submit(p, s, greedy, top, k, c) for p, s, k, c in zip(prompts, streams, keys or nothing, candidates or nothing)]
         while any(request.sample is None for request in requests): self.step()
         return [request.sample for request in requests]
 

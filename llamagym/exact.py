@@ -185,7 +185,8 @@ def greedy_choices(
     def choose_some(histories: list[History]) -> list[int]:
         asked = [conversations[h[:-1]].fork() for h in histories]
         prompts = [c.add_user(task.describe(h[-1], {})) for c, h in zip(asked, histories)]
-        samples = agent.engine.sample(prompts, [None] * len(prompts), greedy=True)
+        candidates = [agent.candidates(h[-1]) for h in histories]
+        samples = agent.engine.sample(prompts, [None] * len(prompts), greedy=True, candidates=[c and c.ids for c in candidates])
         actions = []
         for history, conversation, sample in zip(histories, asked, samples):
             conversation.add_response(sample.ids, sample.stopped)

@@ -19,7 +19,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 
-from .agent import Agent, Dialogue, TaskAgent, warn_all_invalid
+from .agent import Agent, Candidates, Dialogue, TaskAgent, warn_all_invalid
 from .buffer import Episode, EpisodeBuffer
 from .engine import Engine, Request, Sample
 from .env import episode_seed, from_vector
@@ -57,6 +57,7 @@ class _Slot:
         self.env: TextEnv | None = self._make() if remote else None     # processes begin side by side
         self.dialogue: Dialogue | None = None
         self.request: Request | None = None      # what the engine is asked
+        self.candidates: Candidates | None = None # and the responses it may choose
         self.error: Exception | None = None      # what the parser raised last
 
     def _make(self) -> TextEnv: return TextEnv(self.task, RemoteEnv(self.task.env, self.task.max_steps) if self.remote else None)
@@ -64,7 +65,7 @@ class _Slot:
     def start(self, index: int, seed: int, group_size: int) -> None:
         "Begin an episode"
         self.index, self.seed, self.dialogue, self.request = index, episode_seed(seed, index // group_size), None, None
-        session = self.agent.spawn()      # what a user's methods keep on self belongs to one episode
+        session = self.session = self.agent.spawn()      # what a user's methods keep on self belongs to one episode
         self.task = session.task(self.task.env)
         if self.env is None: self.env = self._make()
         self.env.task = self.task
@@ -76,7 +77,9 @@ class _Slot:
         "Take what the environment says, and ask the engine for the next response"
         out = self.env.receive()
         if out is not None and (episode := self._record(out)): return episode
-        self.request = engine.submit(self.dialogue.ask(self.env.observation), self.dialogue.stream, key=self.dialogue, **how)
+        self.candidates = self.session.candidates_in(self.env)
+        prompt, ids = self.dialogue.ask(self.env.observation), self.candidates and self.candidates.ids
+        self.request = engine.submit(prompt, self.dialogue.stream, key=self.dialogue, candidates=ids, **how)
         return None
 
     def _record(self, out: Outcome) -> Episode | None:
@@ -92,7 +95,7 @@ class _Slot:
     def answer(self) -> None:
         "Take what the engine says, and give it to the environment"
         sample, self.request = self.request.sample, None
-        self.env.send(self.dialogue.answer(sample))
+        self.env.send(self.dialogue.answer(sample, self.candidates))
 
     def fail(self, error: Exception) -> Failure:
         "Give up on the episode and its environment, which may be in any state"

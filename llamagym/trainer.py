@@ -107,7 +107,7 @@ def save_learner(
     state = learner.optimizer.state_dict()["state"]
     tensors = {f"{i}.{name}": value.cpu().contiguous() for i, s in state.items() for name, value in s.items()}
     save_file(tensors | {"generator": learner.generator.get_state()}, folder/"learner.safetensors")
-    (folder/"learner.json").write_text(json.dumps(dict(kl_coef=learner.kl_coef, rates=[g["lr"] for g in learner.optimizer.param_groups])))
+    (folder/"learner.json").write_text(json.dumps(dict(kl_coef=learner.kl_coef, updates=learner.updates, rates=[g["lr"] for g in learner.optimizer.param_groups])))
 
 def load_learner(
     learner: PPO, # to restore
@@ -123,7 +123,7 @@ def load_learner(
         optimizer["state"].setdefault(int(i), {})[name] = value
     learner.optimizer.load_state_dict(optimizer)
     for group, rate in zip(learner.optimizer.param_groups, meta["rates"]): group["lr"] = rate
-    learner.kl_coef = meta["kl_coef"]
+    learner.kl_coef, learner.updates = meta["kl_coef"], meta["updates"]
 
 # %% ../nbs/12_trainer.ipynb #7f03b617
 def _write_checkpoint(folder: Path, agent: Agent, counters: dict[str, Any]) -> None:

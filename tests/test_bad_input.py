@@ -18,7 +18,8 @@ from llamagym.chat import ContextOverflow
 from llamagym.config import Config, GenerateConfig, LoRAConfig, PPOConfig, WarmstartConfig
 from llamagym.engine import Engine
 from llamagym.policy import Policy
-from llamagym.ppo import PPO, NonFiniteLoss, annotate
+from llamagym.passes import annotate
+from llamagym.ppo import PPO, NonFiniteLoss
 from llamagym.rollout import RolloutError, collect, evaluate
 from llamagym.rows import read_rows
 from llamagym.task import RandomAgent, episode_seed, play

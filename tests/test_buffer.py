@@ -349,7 +349,8 @@ def test_batch_files(tmp_path_factory, seed):
     batch.advantages[0] = float("nan")
     again = Batch.load(batch.save(tmp_path_factory.mktemp("batch") / "batch.npz"))
     assert [r.tolist() for r in again.rows] == [r.tolist() for r in batch.rows]
-    for name in list(vars(batch))[1:]:
+    assert [b.tolist() for b in again.branches] == [b.tolist() for b in batch.branches]
+    for name in vars(batch).keys() - {"rows", "branches"}:
         assert getattr(again, name).dtype == getattr(batch, name).dtype
         assert torch.equal(getattr(again, name).nan_to_num(7), getattr(batch, name).nan_to_num(7))
 
@@ -357,7 +358,7 @@ def test_batch_files(tmp_path_factory, seed):
 def test_to_a_device():
     batch = Batch.from_episodes(some_episodes(1))
     moved = batch.to("meta")
-    assert {getattr(moved, name).device.type for name in list(vars(batch))[1:]} == {"meta"} and moved.rows is batch.rows
+    assert {getattr(moved, name).device.type for name in vars(batch).keys() - {"rows", "branches"}} == {"meta"} and moved.rows is batch.rows
     check_selected(batch.to("cpu").select([0]), batch, [0])
 
 

@@ -11,7 +11,8 @@ from llamagym.agent import Agent
 from llamagym.algorithms import ALGORITHMS, Algorithm, as_algorithm, register_algorithm
 from llamagym.credit import return_to_go
 from llamagym.groups import batch_normalized, gigpo, group_normalized, leave_one_out
-from llamagym.ppo import PPO, annotate
+from llamagym.passes import annotate
+from llamagym.ppo import PPO
 from llamagym.rollout import collect
 from llamagym.task import episode_seed
 from llamagym.trainer import Trainer
@@ -56,7 +57,7 @@ def expected_advantages(name, episodes, gamma):
     return [np.full(len(e), a) for g in groups for e, a in zip(g, estimator([e.total_reward for e in g]))]
 
 
-@pytest.mark.parametrize("name", sorted(set(ALGORITHMS) - {"ppo"}))
+@pytest.mark.parametrize("name", sorted(name for name, algorithm in ALGORITHMS.items() if not algorithm.needs_critic))
 def test_credit_without_a_critic_leaves_it_alone(name):
     """The advantages are the estimator's; the policy moves, the critic does not, and no state was valued"""
     agent = agent_of(credit__algorithm=name)
@@ -128,7 +129,7 @@ def test_credit_by_a_function_of_ones_own():
 
 
 def test_credit_by_name(tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match="unknown algorithm 'pop'; expected one of drgrpo, gigpo, grpo, ppo, reinforce, rloo"):
+    with pytest.raises(ValueError, match="unknown algorithm 'pop'; expected one of drgrpo, gigpo, grpo, ppo, ppo_bilevel, ppo_token, reinforce, rloo"):
         agent_of(credit__algorithm="pop")
     for bad in (3, None, ["ppo"]):
         with pytest.raises(ValueError, match="unknown algorithm"):

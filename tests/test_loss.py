@@ -14,7 +14,8 @@ from llamagym.agent import Agent
 from llamagym.algorithms import Algorithm
 from llamagym.batch import Batch
 from llamagym.config import PPOConfig
-from llamagym.ppo import annotate, k2_kl, log_ratios, policy_loss
+from llamagym.losses import k2_kl, log_ratios, policy_loss
+from llamagym.passes import annotate
 from llamagym.rollout import collect
 
 pytestmark = pytest.mark.filterwarnings("ignore:none of .* responses held an action")

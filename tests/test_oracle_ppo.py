@@ -9,11 +9,14 @@ import pytest
 import torch
 from doubles import lake_agent, make_policy, shake
 
+import llamagym.passes as passes_module
 import llamagym.ppo as ppo_module
 from llamagym.batch import Batch
 from llamagym.config import CreditConfig, PPOConfig
 from llamagym.credit import assign, normalize_advantages
-from llamagym.ppo import PPO, NonFiniteLoss, adapt_kl_coef, annotate, exact_kl, k2_kl, policy_loss, value_loss
+from llamagym.losses import adapt_kl_coef, exact_kl, k2_kl, policy_loss, value_loss
+from llamagym.passes import annotate
+from llamagym.ppo import PPO, NonFiniteLoss
 from llamagym.rollout import collect
 
 pytestmark = pytest.mark.filterwarnings("ignore:none of .* responses held an action", "ignore:.*is_gradient_checkpointing")
@@ -395,14 +398,14 @@ def infinite_logprob(ppo, batch, monkeypatch):
 
 def nan_loss(ppo, batch, monkeypatch):
     """In the second micro-batch of the third step"""
-    real, calls = ppo_module.policy_loss, []
+    real, calls = passes_module.policy_loss, []
 
     def broken(*args):
         calls.append(1)
         loss, clipped = real(*args)
         return (loss * float("nan") if len(calls) == 12 else loss), clipped
 
-    monkeypatch.setattr(ppo_module, "policy_loss", broken)
+    monkeypatch.setattr(passes_module, "policy_loss", broken)
 
 
 def infinite_gradient(ppo, batch, monkeypatch):
@@ -418,7 +421,7 @@ def infinite_gradient(ppo, batch, monkeypatch):
 
 
 def interrupt(ppo, batch, monkeypatch):
-    real, calls = ppo_module.policy_loss, []
+    real, calls = passes_module.policy_loss, []
 
     def broken(*args):
         calls.append(1)
@@ -426,7 +429,7 @@ def interrupt(ppo, batch, monkeypatch):
             raise KeyboardInterrupt
         return real(*args)
 
-    monkeypatch.setattr(ppo_module, "policy_loss", broken)
+    monkeypatch.setattr(passes_module, "policy_loss", broken)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from doubles import Walk, config, lake, lake_agent, make_policy, tokenizer_of, w
 from llamagym.agent import Agent, InvalidResponse
 from llamagym.chat import window
 from llamagym.policy import Policy
-from llamagym.ppo import annotate
+from llamagym.passes import annotate
 from llamagym.rollout import collect, evaluate
 from llamagym.task import episode_seed, get_task, retry
 from llamagym.tiny import tiny_model

@@ -12,6 +12,7 @@ import pytest
 import torch
 from doubles import lake_agent, make_policy, walk_task
 
+import llamagym.passes as passes_module
 import llamagym.ppo as ppo_module
 import llamagym.trainer as trainer_module
 from llamagym.batch import Batch
@@ -124,7 +125,7 @@ def test_an_interrupt_at_any_event_saves_and_resumes(event, tmp_path, uninterrup
 
 def test_an_interrupt_in_the_midst_of_an_update_undoes_it(tmp_path, uninterrupted, monkeypatch):
     _, whole, end = uninterrupted("lora")
-    trainer, calls, real = trainer_of(tmp_path), [], ppo_module.policy_loss
+    trainer, calls, real = trainer_of(tmp_path), [], passes_module.policy_loss
 
     def pressed(*args):
         calls.append(1)
@@ -133,7 +134,7 @@ def test_an_interrupt_in_the_midst_of_an_update_undoes_it(tmp_path, uninterrupte
         return real(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(ppo_module, "policy_loss", pressed)
+        patch.setattr(passes_module, "policy_loss", pressed)
         assert trainer.fit().interrupted
     assert 0 < trainer.update < 4
     again = trainer_of(tmp_path)
