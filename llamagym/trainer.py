@@ -8,6 +8,7 @@ __all__ = ['CALLBACKS', 'Callback', 'register_callback', 'Progress', 'Metrics', 
 
 # %% ../nbs/12_trainer.ipynb #c5f1099c
 import json
+import math
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -87,16 +88,29 @@ def as_callback(
 # %% ../nbs/12_trainer.ipynb #32af52fe
 @dataclass
 class Anneal(Callback):
-    "Linear schedules over the run, each from its first to its last value"
+    "Schedules over the run, each from its first to its last value"
     learning_rate: tuple[float, float] | None = None # of the policy; the critic's keeps its ratio to it
     kl_coef: tuple[float, float] | None = None       # weight of the KL to the reference
+    shape: str = "linear"                            # or "cosine": slow at both ends
+    warmup: int = 0                                  # first updates, in which the learning rate rises to its first value
+
+    def __post_init__(self):
+        if self.shape not in ("linear", "cosine"): raise ValueError(f"shape={self.shape!r}: expected 'linear' or 'cosine'")
+        if not isinstance(self.warmup, int) or self.warmup < 0: raise ValueError(f"warmup={self.warmup!r}: expected a number of updates, 0 or more")
+
+    def done(self, update: int, updates: int) -> float:
+        "The share of the way from the first value to the last, before an update"
+        share = max(0, update - self.warmup) / max(1, updates - 1 - self.warmup)
+        return (1 - math.cos(math.pi * share)) / 2 if self.shape == "cosine" else share
+
     def on_fit_start(self, trainer):
         if self.kl_coef and trainer.agent.config.ppo.kl_target is not None:
             raise ValueError("Anneal(kl_coef=...) and ppo.kl_target would both set the weight of the KL; choose one")
     def on_update_start(self, trainer):
-        learner, done = trainer.agent.learner, trainer.update / max(1, trainer.updates - 1)
+        learner, done = trainer.agent.learner, self.done(trainer.update, trainer.updates)
         if self.kl_coef: learner.kl_coef = self.kl_coef[0] + done * (self.kl_coef[1] - self.kl_coef[0])
-        if self.learning_rate: learner.set_learning_rate(self.learning_rate[0] + done * (self.learning_rate[1] - self.learning_rate[0]))
+        risen = min(1.0, (trainer.update + 1) / (self.warmup + 1))
+        if self.learning_rate: learner.set_learning_rate(risen * (self.learning_rate[0] + done * (self.learning_rate[1] - self.learning_rate[0])))
 
 # %% ../nbs/12_trainer.ipynb #4c8e97e9
 def save_learner(
