@@ -55,6 +55,7 @@ class Candidates:
         if len(set(texts)) < len(texts): raise ValueError(f"of the candidates {list(texts)} two are the same: actions need texts that tell them apart")
         return cls(list(texts), [list(format.response(text)[0]) for text in texts])
 
+# %% ../nbs/09_agent.ipynb #a9d43a1c
 class Dialogue:
     "One episode while it is played"
     def __init__(self,

@@ -173,6 +173,7 @@ def pick(
     "One or several of each row"
     return states[torch.arange(len(states)).reshape(-1, *[1] * (index.ndim - 1)), index]
 
+# %% ../nbs/06_decoder.ipynb #0627aefd
 MERGE_BYTES = 2**30   # float32 weights up to this size are copied, with their adapters in them
 
 class Decoder:

@@ -195,6 +195,7 @@ class LossTerms:
     penalty: Tensor   # [N] what stands for the KL in the loss
     critic: Tensor    # [M] half the squared error of each turn; or [N], of each token
 
+# %% ../nbs/07_passes.ipynb #bac1b86f
 def _decision_terms(policy: Policy, batch: Batch, reference: Reference, tokens: Tensor, options: Tensor, temperature: float, length_normalized: bool) -> tuple[Tensor, ...]:
     "Log-probability, entropy, KL to the reference and the reference's log-probability, [N] nats each, of hidden states [N, H] and [Q, H]"
     known = reference.log_dist is not None
@@ -211,6 +212,7 @@ def _decision_terms(policy: Policy, batch: Batch, reference: Reference, tokens: 
     def summed(numbers): return numbers.new_zeros(batch.num_tokens).index_add(0, batch.candidate_token, logprobs.exp() * numbers)
     return _at_choices(log_p, batch, logprobs), entropy - summed(logprobs), kl + summed(logprobs - ref), _at_choices(ref_log_p, batch, ref)
 
+# %% ../nbs/07_passes.ipynb #9c4ac3d6
 def loss_terms(
     policy: Policy,
     micro: Batch,               # rows that go through the model together, on the policy's device
@@ -236,6 +238,7 @@ def loss_terms(
     critic = value_loss(policy.value_head(states), old, target, config.value_clip)
     return LossTerms(logprobs, entropy, surrogate, counts, clipped, ref_kl, penalty, critic)
 
+# %% ../nbs/07_passes.ipynb #b4f35d0b
 @torch.no_grad()
 def learner_logprobs(
     policy: Policy,

@@ -151,7 +151,7 @@ def _require_episodes(episodes: Sequence[Episode]) -> None:
 
 def _normalize(episodes: Sequence[Episode], over: str) -> None:
     "Bring advantages to mean 0 and deviation 1, over the batch or each group"
-    parts = dict(batch=[episodes], group=[])[over] or [[episodes[e] for e in group] for group in groups_of(episodes)]
+    parts = [episodes] if over == "batch" else [[episodes[e] for e in group] for group in groups_of(episodes)]
     with np.errstate(invalid="ignore"):    # an infinite reward makes NaN, which `update` refuses
         for part in parts: normalize_advantages(part)
 
@@ -162,6 +162,17 @@ def _normalized(mini: Batch, per_token: bool) -> Batch:
     those = mini.advantages if per_token else turns
     deviation = those.std(unbiased=False)
     return dataclasses.replace(mini, advantages=(mini.advantages - those.mean()) / (deviation if deviation > 1e-8 else 1.0))
+
+# %% ../nbs/07_ppo.ipynb #c6651241
+def _corrected(
+    batch: Batch,     # sampled by something that is not quite the learner
+    logprobs: Tensor, # [N] nats, the learner's
+    cap: float,       # of the weights
+) -> tuple[Batch, float]: # with the learner's log-probabilities and weighted advantages; the largest gap between the two, in nats
+    "Truncated importance sampling"
+    weights = importance_weights(logprobs, batch.logprobs, cap)
+    gap = (logprobs - batch.logprobs).abs().max().item() if len(logprobs) else 0.0
+    return dataclasses.replace(batch, logprobs=logprobs, advantages=batch.advantages * weights), gap
 
 # %% ../nbs/07_ppo.ipynb #56fb6a34
 class PPOParts:
@@ -225,15 +236,6 @@ class PPOParts:
         if not (self.algorithm.normalize and self.credit.normalize and self.credit.normalize_over == "mini-batch"): return steps
         return [_normalized(mini, self.algorithm.per_token) for mini in steps]
 
-    def correct(self,
-        batch: Batch, # sampled by something that is not quite the learner
-    ) -> tuple[Batch, float]: # with the learner's log-probabilities and weighted advantages; the largest gap between the two samplers, in nats
-        "Truncated importance sampling"
-        logprobs = learner_logprobs(self.policy, batch, self.temperature, self.length_normalized, self.config.token_budget).cpu()
-        weights = importance_weights(logprobs, batch.logprobs, self.config.importance_cap)
-        gap = (logprobs - batch.logprobs).abs().max().item() if len(logprobs) else 0.0
-        return dataclasses.replace(batch, logprobs=logprobs, advantages=batch.advantages * weights), gap
-
 # %% ../nbs/07_ppo.ipynb #79ec45e1
 class PPO(PPOParts):
     "The learner: turns episodes into gradient steps of a policy and its critic"
@@ -259,7 +261,9 @@ class PPO(PPOParts):
             self.optimizer.zero_grad(set_to_none=True)
             targets = [batch.token_returns, batch.token_values] if per_token else [batch.returns, batch.values][:1 + critic]
             check([batch.logprobs, batch.advantages, *targets], "before the first step")
-            if c.importance_cap is not None: batch, log.gap = self.correct(batch)
+            if c.importance_cap is not None:
+                logprobs = learner_logprobs(self.policy, batch, self.temperature, self.length_normalized, c.token_budget)
+                batch, log.gap = _corrected(batch, logprobs.cpu(), c.importance_cap)
             for epoch in range(c.epochs):
                 steps = self.mini_batches(batch)
                 log.start_epoch()
