@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .batch import pack, pad_rows
+from .batch import distinct, pack, pad_rows
 from .cache import layer_masks, why_not_kept
 from .policy import Policy
 
@@ -70,15 +70,8 @@ def sharing_pays(
     "Whether reading the shared beginning once is worth its trouble: a fifth of the batch's ids, at least"
     return (len(rows) - 1) * start >= 0.2 * len(rows) * max(map(len, rows))
 
-def read_rows(
-    policy: Policy,             # whose trunk to run
-    rows: Sequence[np.ndarray], # ids
-    row: Tensor,                # int64 [P] which row to look at, on the policy's device
-    position: Tensor,           # int64 [P] and where
-    share: bool = True,         # read a shared beginning once, if that pays
-    branches: Sequence[np.ndarray] = (), # of each row, where rows are trees: see `tree_inputs`
-) -> Tensor: # [P, H] in the trunk's floating-point type, with gradient
-    "Hidden states at chosen places of rows that go through the model together"
+def _read(policy: Policy, rows: Sequence[np.ndarray], row: Tensor, position: Tensor, share: bool, branches: Sequence[np.ndarray]) -> Tensor:
+    "`read_rows` of rows that all differ"
     start = min([shared_start(rows), *(b[0, 0] for b in branches if len(b))]) if share else 0
     if not start or not sharing_pays(rows, start) or why_not_kept(policy.causal_lm) is not None: start = 0
     tree = tree_inputs(policy, rows, branches, start) if any(map(len, branches)) else {}
@@ -88,6 +81,22 @@ def read_rows(
     cache.batch_repeat_interleave(len(rows))
     rest = policy.trunk(pad_rows([r[start:] for r in rows], policy.pad_id, policy.device), past_key_values=cache, **tree)
     return torch.where((position < start)[:, None], begin[position.clamp(max=start - 1)], rest[row, (position - start).clamp(min=0)])
+
+def _those(items: Sequence, indices: Sequence[int]) -> list:
+    "Some of the items, if there are any"
+    return [items[i] for i in indices] if len(items) else []
+
+def read_rows(
+    policy: Policy,             # whose trunk to run
+    rows: Sequence[np.ndarray], # ids
+    row: Tensor,                # int64 [P] which row to look at, on the policy's device
+    position: Tensor,           # int64 [P] and where
+    share: bool = True,         # read a shared beginning once, if that pays
+    branches: Sequence[np.ndarray] = (), # of each row, where rows are trees: see `tree_inputs`
+) -> Tensor: # [P, H] in the trunk's floating-point type, with gradient
+    "Hidden states at chosen places of rows that go through the model together; equal rows go through it once"
+    first, same = distinct(rows, branches)
+    return _read(policy, _those(rows, first), torch.from_numpy(same).to(row.device)[row], position, share, _those(branches, first))
 
 # %% ../nbs/06_rows.ipynb #225173f4
 @torch.no_grad()
@@ -99,13 +108,15 @@ def hidden_at(
     token_budget: int,          # padded tokens per forward pass
     branches: Sequence[np.ndarray] = (), # of each row, where rows are trees: see `tree_inputs`
 ) -> Tensor: # [P, H] in the trunk's floating-point type
-    "Hidden states at chosen places of many rows, without gradient"
-    row, position, out = row.to(policy.device), position.to(policy.device), None
+    "Hidden states at chosen places of many rows, without gradient; equal rows are read once"
+    first, same = distinct(rows, branches)
+    rows, branches, row = _those(rows, first), _those(branches, first), torch.from_numpy(same).to(policy.device)[row.to(policy.device)]
+    position, out = position.to(policy.device), None
     for group in pack(np.array([len(r) for r in rows]), token_budget):
         place = torch.full((len(rows),), -1, device=policy.device)
         place[torch.from_numpy(group).to(policy.device)] = torch.arange(len(group), device=policy.device)
         here = (place[row] >= 0).nonzero().squeeze(-1)
-        hidden = read_rows(policy, [rows[i] for i in group], place[row[here]], position[here], branches=[branches[i] for i in group] if len(branches) else ())
+        hidden = _read(policy, _those(rows, group), place[row[here]], position[here], share=True, branches=_those(branches, group))
         if out is None: out = hidden.new_empty(len(row), hidden.shape[-1])
         out[here] = hidden
     return out
