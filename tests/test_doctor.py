@@ -69,8 +69,9 @@ class Between(Callback):
 
 def findings(folder, task, before=(), plays=None, kind=Agent, algorithm=None, settle=None, **options) -> dict[str, str]:
     """What the doctor says in a run of an agent that was warmed up on the actions `plays` chooses, random ones by default"""
-    defaults = {"generate.max_new_tokens": 8, "rollout": dict(episodes=64, num_envs=64), "ppo": dict(epochs=1, mini_batch_size=64, learning_rate=3e-4),
-                "warmstart": dict(learning_rate=3e-3, epochs=2), "trainer": dict(updates=3, eval_every=0, checkpoint_every=0)}  # fmt: skip
+    defaults = {"generate.max_new_tokens": 8, "rollout.episodes": 64, "rollout.num_envs": 64,
+                "ppo.epochs": 1, "ppo.mini_batch_size": 64, "ppo.learning_rate": 3e-4, "warmstart.learning_rate": 3e-3, "warmstart.epochs": 2,
+                "trainer.updates": 3, "trainer.eval_every": 0, "trainer.checkpoint_every": 0}  # fmt: skip
     config = Config.from_dict(defaults | {"trainer.output_dir": str(folder)} | {name.replace("__", "."): value for name, value in options.items()})
     agent = kind.for_task(task, Policy.load("tiny", lora=LoRAConfig(r=8), seed=config.trainer.seed), config=config)
     clone(agent, play(task, RandomAgent(task) if plays is None else ScriptedAgent(task, plays), episodes=300, seed=7), progress=False)
