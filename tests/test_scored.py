@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from doubles import config, make_policy, shake
+from doubles import config, make_policy, random_rows, shake
 from transformers import AutoModelForCausalLM, MambaConfig
 
 from llamagym.batch import Batch
@@ -77,6 +77,27 @@ def test_scored_choices_are_drawn_with_their_probabilities():
     expected = 4000 * np.exp(samples[0].candidate_logprobs)
     counts = np.bincount([options.index(s.ids) for s in samples], minlength=len(options))
     assert ((counts - expected) ** 2 / expected).sum() < 23.5  # 4 degrees of freedom: one in 10,000
+
+
+def test_scored_labels_are_read_once_until_the_weights_change():
+    """The same question again costs no reading, in whatever batch it comes; with other weights nothing old is used"""
+    policy = Policy.load("tiny")
+    options = labels(policy.tokenizer, NUMBERS)
+    engine, prompts = Engine(policy, {policy.tokenizer.eos_token_id}, GenerateConfig()), random_rows(300, (40, 30, 40))
+
+    def ask(*which):
+        return engine.sample([prompts[i] for i in which], [np.random.default_rng(i) for i in which], candidates=[options] * len(which))
+
+    first = ask(0, 1)
+    read = engine.stats.read_tokens
+    again = ask(1, 0, 1, 2)
+    assert engine.stats.read_tokens - read <= len(prompts[2])
+    for one, two in ((first[0], again[1]), (first[1], again[0]), (first[1], again[2])):
+        assert np.array_equal(one.candidate_logprobs, two.candidate_logprobs) and one.ids == two.ids
+    shake(policy.parameters(), 0.05)
+    policy.touch()
+    assert ask(0)[0].candidate_logprobs == pytest.approx(choice_logprobs(policy.causal_lm, prompts[0], options, 1.0, False).detach().numpy(), abs=2e-4)
+    assert not np.allclose(ask(0)[0].candidate_logprobs, first[0].candidate_logprobs, atol=1e-3)
 
 
 def scored_agent(kind="lora", task=None, **options) -> ScoredAgent:
