@@ -8,7 +8,7 @@ __all__ = ['FlatEpisodes', 'common_start', 'pack', 'distinct', 'pad_rows', 'Batc
 # %% ../nbs/03_batch.ipynb #67e4d0ce
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
-from functools import partial
+from functools import cached_property, partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, Self
@@ -63,6 +63,12 @@ class FlatEpisodes:
     def num_tokens(self) -> int: return len(self.token_ids)    # sampled ones
     @property
     def num_turns(self) -> int: return len(self.turn_row)
+    @cached_property
+    def choices(self) -> torch.Tensor:    # bool [N] whether there was a choice: a single candidate is none
+        if not len(self.candidate_token): return torch.ones_like(self.token_ids, dtype=torch.bool)
+        return torch.bincount(self.candidate_token, minlength=self.num_tokens) != 1
+    @cached_property
+    def num_choices(self) -> int: return int(self.choices.sum())    # decisions that a policy's loss is a mean over
     @property
     def row_lengths(self) -> np.ndarray: return np.array([len(row) for row in self.rows], dtype=np.int64)    # [R] ids
 

@@ -53,6 +53,9 @@ class Turn:
     @property
     def num_decisions(self) -> int:     # d: how often something was drawn. A choice among candidates is one decision, however many tokens it has
         return len(self.response_ids) if self.candidate_ids is None else 1
+    @property
+    def forced(self) -> bool:           # whether there was but one candidate: no choice, no credit
+        return self.candidate_ids is not None and len(self.candidate_ids) == 1
 
     def __repr__(self) -> str:
         "What was seen, said and rewarded, and whatever else isn't its default"

@@ -153,25 +153,29 @@ def _bootstrap(e: int, episode: Episode) -> float:
 
 # %% ../nbs/03_credit.ipynb #945dd031
 def standardized(
-    numbers: np.ndarray, # float64 [N]
+    numbers: np.ndarray,                  # float64 [N]
+    counted: np.ndarray | slice = slice(None), # bool [N]: those that mean and deviation are of; default: all
 ) -> tuple[np.ndarray, float, float]: # float64 [N], and mean and standard deviation before
     "Numbers to mean 0 and standard deviation 1; only to mean 0 where they are all the same"
-    mean, deviation = numbers.mean(), numbers.std()
+    mean, deviation = numbers[counted].mean(), numbers[counted].std()
     return (numbers - mean)/(deviation if deviation > 1e-8 else 1.0), float(mean), float(deviation)
 
 def normalize_advantages(
     episodes: Sequence[Episode],    # with `turn.advantage` filled, or `token_advantages`; the whole batch of an update
 ) -> tuple[float, float]:           # mean and standard deviation before
-    "Advantages to mean 0 and standard deviation 1 over all turns (or tokens, where those have their own); only to mean 0 where they are all the same."
+    "Advantages to mean 0 and standard deviation 1 over all turns with a choice (or their tokens, where those have their own); only to mean 0 where they are all the same."
     turns = [turn for episode in episodes for turn in episode.turns]
     if not turns: raise ValueError(f"there is no turn to normalise in {len(episodes)} episodes")
     per_token = [turn.token_advantages is not None for turn in turns]
     if not all(per_token) and any(turn.advantage is None for turn in turns): raise ValueError("a turn has no advantage: call assign first")
+    free = np.array([not turn.forced for turn in turns])
+    if not free.any(): free[:] = True
     if all(per_token):
-        advantages, mean, deviation = standardized(np.concatenate([turn.token_advantages for turn in turns]).astype(np.float64))
-        ends = np.cumsum([len(turn.token_advantages) for turn in turns])[:-1]
+        sizes = [len(turn.token_advantages) for turn in turns]
+        ends, free = np.cumsum(sizes)[:-1], np.repeat(free, sizes)
+        advantages, mean, deviation = standardized(np.concatenate([turn.token_advantages for turn in turns]).astype(np.float64), free)
         for turn, numbers in zip(turns, np.split(advantages, ends)): turn.token_advantages = numbers.astype(np.float32)
     else:
-        advantages, mean, deviation = standardized(np.array([turn.advantage for turn in turns], dtype=np.float64))
+        advantages, mean, deviation = standardized(np.array([turn.advantage for turn in turns], dtype=np.float64), free)
         for turn, advantage in zip(turns, advantages.tolist()): turn.advantage = advantage
     return mean, deviation

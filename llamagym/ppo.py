@@ -79,7 +79,7 @@ class StatLog:
         if not self.steps and micro.num_tokens: self.gap = float(np.fmax(self.gap, log_ratio.abs().max().item()))
         per_token = dict(policy_loss=terms.surrogate, clip_fraction=terms.clipped.float(), approx_kl=log_ratio.exp() - 1 - log_ratio,
                          ref_kl=terms.ref_kl, entropy=terms.entropy)
-        for name, value in per_token.items(): epoch[name] += value.sum().item() / self.batch.num_tokens
+        for name, value in per_token.items(): epoch[name] += value[micro.choices].sum().item() / max(1, self.batch.num_choices)
         epoch["value_loss"] += terms.critic.sum().item() / self.critic_count
 
     def mean(self, name: str) -> float:
@@ -157,9 +157,10 @@ def _normalize(episodes: Sequence[Episode], over: str) -> None:
 
 def _normalized(mini: Batch, per_token: bool) -> Batch:
     "A mini-batch whose advantages have mean 0 and deviation 1 over its turns, or its tokens where those have their own"
-    turns, size = mini.advantages.new_zeros(mini.num_turns), torch.bincount(mini.token_turn, minlength=mini.num_turns)
-    turns = turns.index_add(0, mini.token_turn, mini.advantages)[size > 0] / size[size > 0]
-    those = mini.advantages if per_token else turns
+    advantages, turn = (numbers[mini.choices] if mini.num_choices else numbers for numbers in (mini.advantages, mini.token_turn))
+    size = torch.bincount(turn, minlength=mini.num_turns)
+    turns = advantages.new_zeros(mini.num_turns).index_add(0, turn, advantages)[size > 0] / size[size > 0]
+    those = advantages if per_token else turns
     deviation = those.std(unbiased=False)
     return dataclasses.replace(mini, advantages=(mini.advantages - those.mean()) / (deviation if deviation > 1e-8 else 1.0))
 
@@ -295,7 +296,8 @@ class PPO(PPOParts):
         log.add(terms, micro_on_device)
         critic = c.vf_coef * terms.critic.sum() / (batch.num_tokens if per_token else batch.num_turns)
         if self.warming_up: return steps * critic
-        counted = dict(token=batch.num_tokens, turn=batch.num_turns, sequence=batch.num_rows)[c.ratio]
+        forced, choices = batch.num_tokens - batch.num_choices, max(1, batch.num_choices)
+        counted = dict(token=choices, turn=max(1, batch.num_turns - forced), sequence=batch.num_rows)[c.ratio]
         others = (self.kl_coef if c.kl_in == "loss" else 0.0) * terms.penalty - c.entropy_coef * terms.entropy
-        loss = (terms.counts * terms.surrogate).sum() / counted + others.sum() / batch.num_tokens
+        loss = (terms.counts * terms.surrogate).sum() / counted + others.sum() / choices
         return steps * (loss + critic if self.algorithm.needs_critic else loss)

@@ -117,8 +117,10 @@ def lake_of(**changes) -> Task:
 @pytest.mark.parametrize("context", ["full", 1, 2])
 @pytest.mark.parametrize("kind", ["plain", "lora", "nf4"])
 def test_scored_gradient_is_that_of_the_written_formula(kind, context):
-    """Clipped surrogate, entropy and KL over the candidates, each label read on its own; whatever the micro-batches"""
-    agent = scored_agent(kind, lake_of(context=context if context == "full" else window(context)), generate__length_normalized=kind == "lora")
+    """Clipped surrogate, entropy and KL over the candidates, each label read on its own; whatever the micro-batches. A mean over real choices"""
+    legal = lambda obs, info: [2] if obs % 4 == 1 else [1, 2, 3][: 2 + obs % 2]
+    task = lake_of(context=context if context == "full" else window(context), legal_actions=legal)
+    agent = scored_agent(kind, task, generate__length_normalized=kind == "lora")
     agent.learner.config = PPOConfig(epochs=1, mini_batch_size=1000, max_grad_norm=1e9, kl_coef=0.3, entropy_coef=0.2, vf_coef=0.0)
     agent.learner.kl_coef = 0.3
     episodes = collect(agent, episodes=3, num_envs=3)
@@ -127,6 +129,9 @@ def test_scored_gradient_is_that_of_the_written_formula(kind, context):
     learner, policy, normalized = agent.learner, agent.policy, agent.config.generate.length_normalized
     reference = learner.annotate(episodes)
     learner.assign_credit(episodes)
+    free = [turn for turn in episodes.turns if not turn.forced]
+    assert 0 < len(free) < len(episodes.turns) and all((len(turn.candidate_ids) == 1) == turn.forced for turn in episodes.turns)
+    assert np.mean([t.advantage for t in free]) == pytest.approx(0, abs=1e-9) and np.std([t.advantage for t in free]) == pytest.approx(1)
     shake(policy.parameters(), 0.01, seed=3)  # the ratio is not 1
     policy.touch()
     batch, gradients = Batch.from_episodes(episodes), []
@@ -139,7 +144,7 @@ def test_scored_gradient_is_that_of_the_written_formula(kind, context):
             learner.loss(micro, batch, batch, reference, 1, log).backward()
         gradients.append(torch.cat([p.grad.flatten() for p in policy.parameters() if p.grad is not None]).double())
     learner.optimizer.zero_grad()
-    terms = []
+    terms, parts = [], []
     for episode in episodes:
         for turn in episode.turns:
             prompt = episode.segments[turn.segment].ids[: turn.start]
@@ -152,12 +157,17 @@ def test_scored_gradient_is_that_of_the_written_formula(kind, context):
             ratio = (logprobs[chosen] - float(turn.logprobs[0])).exp()
             surrogate = torch.minimum(ratio * turn.advantage, ratio.clamp(0.8, 1.2) * turn.advantage)
             p = logprobs.exp()
-            terms.append(-surrogate + 0.3 * (p * (logprobs - ref)).sum() + 0.2 * (p * logprobs).sum())
-    (sum(terms) / len(terms)).backward()
+            kl, entropy = (p * (logprobs - ref)).sum(), -(p * logprobs).sum()
+            parts.append((kl.detach(), entropy.detach()))
+            terms.append(-surrogate + 0.3 * kl - 0.2 * entropy)
+    (sum(terms) / len(free)).backward()  # those of the others are constants
     written = torch.cat([p.grad.flatten() for p in policy.parameters() if p.grad is not None]).double()
     tolerance = 0.02 if kind == "nf4" else 2e-3
     for ours in gradients:
         assert (torch.linalg.norm(ours - written) / torch.linalg.norm(written)).item() < tolerance
+    if kind == "plain":  # what is logged is a mean over the same
+        kl, entropy = (float(sum(t)) / len(free) for t in zip(*parts))
+        assert log.mean("ref_kl") == pytest.approx(kl, abs=1e-4) and log.mean("entropy") == pytest.approx(entropy, abs=1e-4)
 
 
 @pytest.mark.parametrize("context", ["full", 1])
