@@ -388,7 +388,7 @@ class PPOConfig(Section):
     kl_loss: Literal["exact", "k2"] = option("exact", "exact sums over the vocabulary; k2 is half the squared log-ratio of the sampled token")
     kl_target: float|None = option(None, "KL to the reference, in nats per token, that kl_coef is steered to; None keeps kl_coef", above=0)
     kl_horizon: int = option(10_000, "turns over which kl_coef is steered", at_least=1)
-    target_kl: float|None = option(None, "stops the epochs when the KL to the sampling policy passes it, in nats per token", above=0)
+    target_kl: float|None = option(None, "stops an update when a mini-batch's KL to the sampling policy passes one and a half times this, in nats per token", above=0)
     max_grad_norm: float = option(1.0, "longer gradients are scaled down to this norm", above=0)
     token_budget: int = option(8192, "padded tokens per micro-batch: memory, not results", at_least=1)
     gradient_checkpointing: bool = option(False, "compute the inside of layers again in the backward pass: one more forward pass, a fraction of the memory")

@@ -44,7 +44,7 @@ STATS = dict(
     mean_return="mean undiscounted return of the episodes",
     mean_length="mean turns per episode",
     invalid_rate="share of responses without an action",
-    epochs="epochs that were run; fewer than configured where target_kl stopped them",
+    epochs="passes over the batch; fewer than configured, and the last one not whole, where target_kl stopped them",
     tokens="sampled tokens in the batch",
     tokens_per_second="tokens of rows, prompts included, trained on per second of the update, all epochs counted",
 )
@@ -68,9 +68,10 @@ class StatLog:
         batch: Batch, # whose statistics these are
         per_token: bool = False, # the critic is asked before each token
     ):
-        self.per_token, self.critic_count = per_token, batch.num_tokens if per_token else batch.num_turns
-        self.batch, self.steps, self.epochs, self.gap = batch, [], [], 0.0
-    def start_epoch(self) -> None: self.epochs.append(dict.fromkeys(("policy_loss", "clip_fraction", "approx_kl", "ref_kl", "entropy", "value_loss"), 0.0))
+        self.batch, self.per_token, self.steps, self.epochs, self.gap = batch, per_token, [], [], 0.0
+        self.start_step()
+    def start_epoch(self) -> None: self.epochs.append(dict.fromkeys(("choices", "policy_loss", "clip_fraction", "approx_kl", "ref_kl", "entropy", "errors", "value_loss"), 0.0))
+    def start_step(self) -> None: self.step_choices, self.step_sum = 0, 0.0
 
     @torch.no_grad()
     def add(self, terms: LossTerms, micro: Batch) -> None:
@@ -79,19 +80,27 @@ class StatLog:
         if not self.steps and micro.num_tokens: self.gap = float(np.fmax(self.gap, log_ratio.abs().max().item()))
         per_token = dict(policy_loss=terms.surrogate, clip_fraction=terms.clipped.float(), approx_kl=log_ratio.exp() - 1 - log_ratio,
                          ref_kl=terms.ref_kl, entropy=terms.entropy)
-        for name, value in per_token.items(): epoch[name] += value[micro.choices].sum().item() / max(1, self.batch.num_choices)
-        epoch["value_loss"] += terms.critic.sum().item() / self.critic_count
+        sums = {name: value[micro.choices].sum().item() for name, value in per_token.items()}
+        sums |= dict(choices=micro.num_choices, errors=len(terms.critic), value_loss=terms.critic.sum().item())
+        for name, value in sums.items(): epoch[name] += value
+        self.step_choices, self.step_sum = self.step_choices + micro.num_choices, self.step_sum + sums["approx_kl"]
 
-    def mean(self, name: str) -> float:
-        "A statistic of the newest epoch"
-        return self.epochs[-1][name]
+    @property
+    def step_kl(self) -> float:
+        "`approx_kl` of the newest step's mini-batch, before that step is taken"
+        return self.step_sum / max(1, self.step_choices)
+
+    def mean(self, name: str, epochs: slice = slice(-1, None)) -> float:
+        "A statistic of the newest epoch, or of several"
+        chosen, of = self.epochs[epochs], "errors" if name == "value_loss" else "choices"
+        return sum(e[name] for e in chosen) / max(1, sum(e[of] for e in chosen))
 
     def summary(self) -> dict[str, float]:
         "All of them: losses and clipping over all epochs, distances and entropy over the newest"
-        over_all = {k: float(np.mean([e[k] for e in self.epochs])) for k in ("policy_loss", "value_loss", "clip_fraction")}
+        over_all = {k: self.mean(k, slice(None)) for k in ("policy_loss", "value_loss", "clip_fraction")}
         return over_all | {k: self.mean(k) for k in ("approx_kl", "ref_kl", "entropy")} | dict(
             explained_variance=_explained_variance(*((self.batch.token_returns, self.batch.token_values) if self.per_token else (self.batch.returns, self.batch.values))),
-            grad_norm=float(np.mean(self.steps)), logprob_gap=self.gap, tokens=float(self.batch.num_tokens))
+            grad_norm=float(np.mean(self.steps or [0.0])), logprob_gap=self.gap, tokens=float(self.batch.num_tokens))
 
 # %% ../nbs/07_ppo.ipynb #5624b824
 class NonFiniteLoss(FloatingPointError):
@@ -129,11 +138,14 @@ def _mini_batches(batch: Batch, mini_batch_size: int, generator: torch.Generator
     return [batch.select(order[step == k].numpy()) for k in range(count) if (step == k).any()]
 
 def _step(optimizer: torch.optim.Optimizer, losses: Iterable[Tensor], max_grad_norm: float, epoch: int,
-          check: Callable[[Sequence[Tensor], str], None], critic_only: bool = False) -> float:
-    "One step down the sum of the micro-batches' losses; the norm of the first group's gradient before clipping"
+          check: Callable[[Sequence[Tensor], str], None], critic_only: bool = False, stop: Callable[[], bool] = lambda: False) -> float | None:
+    "One step down the sum of the micro-batches' losses; the norm of the first group's gradient before clipping. No step, and None, if `stop` says so when the losses are known"
     for loss in losses:
         check([loss], f"in epoch {epoch}")
         loss.backward()
+    if stop():
+        optimizer.zero_grad(set_to_none=True)
+        return None
     if critic_only:
         for p in optimizer.param_groups[0]["params"]: p.grad = None
     norms = [torch.nn.utils.clip_grad_norm_(group["params"], max_grad_norm) for group in optimizer.param_groups]
@@ -265,20 +277,30 @@ class PPO(PPOParts):
             if c.importance_cap is not None:
                 logprobs = learner_logprobs(self.policy, batch, self.temperature, self.length_normalized, c.token_budget)
                 batch, log.gap = _corrected(batch, logprobs.cpu(), c.importance_cap)
-            for epoch in range(c.epochs):
-                steps = self.mini_batches(batch)
-                log.start_epoch()
-                for mini in steps:
-                    losses = (self.loss(micro, mini, batch, reference, len(steps), log) for micro in mini.micro_batches(c.token_budget))
-                    log.steps.append(_step(self.optimizer, losses, c.max_grad_norm, epoch, check, self.warming_up))
-                if c.target_kl is not None and log.mean("approx_kl") > c.target_kl: break
-            seen, seconds = (epoch + 1) * sum(map(len, batch.rows)), time.perf_counter() - began
+            for epoch, mini, count in self.steps(batch, log):
+                losses = (self.loss(micro, mini, batch, reference, count, log) for micro in mini.micro_batches(c.token_budget))
+                norm = _step(self.optimizer, losses, c.max_grad_norm, epoch, check, self.warming_up, lambda: c.target_kl is not None and log.step_kl > 1.5 * c.target_kl)
+                if norm is None: break
+                log.steps.append(norm)
+            epochs, seconds = len(log.steps) / count, time.perf_counter() - began
             blank = {} if critic else dict.fromkeys(("value_loss", "explained_variance"), 0.0)
-            stats = log.summary() | blank | dict(kl_coef=self.kl_coef, epochs=epoch + 1, tokens_per_second=seen / seconds)
+            stats = log.summary() | blank | dict(kl_coef=self.kl_coef, epochs=epochs, tokens_per_second=epochs * sum(map(len, batch.rows)) / seconds)
             self.policy.touch()
             if c.kl_target is not None: self.kl_coef = adapt_kl_coef(self.kl_coef, stats["ref_kl"], c.kl_target, batch.num_turns, c.kl_horizon)
             self.updates += 1
             return stats
+
+    def steps(self,
+        batch: Batch, # of an update
+        log: StatLog, # is told where epochs and steps begin
+    ) -> Iterator[tuple[int, Batch, int]]: # the epoch, a mini-batch, and how many there are in an epoch
+        "The mini-batches of all epochs"
+        for epoch in range(self.config.epochs):
+            minis = self.mini_batches(batch)
+            log.start_epoch()
+            for mini in minis:
+                log.start_step()
+                yield epoch, mini, len(minis)
 
     def loss(self,
         micro: Batch,         # rows to run now, selected from `mini`

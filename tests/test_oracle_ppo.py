@@ -326,7 +326,7 @@ def test_oracle_losses_by_hand():
 
 
 def test_oracle_early_stop(played):
-    """`target_kl` ends the epochs once it is passed; what was done until then is what so many epochs do"""
+    """`target_kl` ends an update before the step of a mini-batch that passes it half as far again; what was done until then is what so many steps do"""
     ppo, episodes = learner(epochs=6, learning_rate=3e-3), played("lora")
     kls = []
     batch, reference = prepared(ppo, episodes)
@@ -339,11 +339,16 @@ def test_oracle_early_stop(played):
     for epochs in (1, 2, 3, 4):
         kls.append(run(epochs=epochs)[0]["approx_kl"])
     assert kls == sorted(kls) and kls[0] < 1e-6 < kls[1]
-    target = (kls[1] + kls[2]) / 2
+    target = (kls[1] + kls[2]) / 2 / 1.5
     stopped, weights = run(epochs=6, target_kl=target)
-    assert stopped["epochs"] == 3 and stopped["approx_kl"] == pytest.approx(kls[2])
-    assert all(torch.equal(a, b) for a, b in zip(weights, run(epochs=3)[1]))
+    assert stopped["epochs"] == 2 and stopped["approx_kl"] == pytest.approx(kls[2])
+    assert all(torch.equal(a, b) for a, b in zip(weights, run(epochs=2)[1]))
     assert run(epochs=3, target_kl=1e9)[0]["epochs"] == 3
+    few = dict(epochs=9, mini_batch_size=max(1, batch.num_turns // 3))
+    part, whole = run(target_kl=target, **few)[0], run(**few)[0]
+    assert 0 < part["epochs"] < 9 == whole["epochs"] and part["epochs"] % 1 > 0
+    none = run(epochs=2, target_kl=1e-12)[0]  # rounding is enough
+    assert none["epochs"] <= 1 and np.isfinite(none["grad_norm"])
 
 
 def test_oracle_adaptive_coefficient(played):
