@@ -1,0 +1,238 @@
+"""How well, and how fast, environments with a known optimum are learned: turn-level PPO with the tiny model, beside Stable-Baselines3's PPO.
+
+    pip install stable-baselines3==2.9.2       # the baseline; without it, its rows are left out
+    python benchmarks/learning.py --env frozenlake,cliffwalking,taxi,blackjack --seeds 3
+
+Each row is one seed of one learner: the greedy policy's return on fresh episodes, and after how many training episodes the return of the last
+500 had come 90 % of the way from random play to the optimum. The baseline, an MLP with its default settings, plays as many environment
+steps as the agent did. Rows are appended to the output folder as they finish; what is there is not run again. A figure shows the curves.
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import multiprocessing
+import os
+import statistics
+import sys
+import time
+import warnings
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import gymnasium as gym
+import numpy as np
+from matplotlib.figure import Figure
+
+from llamagym.agent import Agent
+from llamagym.chat import window
+from llamagym.config import Config
+from llamagym.exact import blackjack_return
+from llamagym.policy import Policy
+from llamagym.rollout import evaluate
+from llamagym.scored import ScoredAgent
+from llamagym.task import RandomAgent, Task, blackjack, cliff_walking, frozen_lake, masked_actions, play, taxi
+from llamagym.trainer import Anneal, Trainer
+from llamagym.warmstart import clone
+
+COMMON = {
+    "generate.max_new_tokens": 6, "rollout.num_envs": 64, "rollout.episodes": 128, "ppo.learning_rate": 3e-4, "ppo.critic_learning_rate": 1e-2,
+    "ppo.epochs": 6, "ppo.mini_batch_size": 256, "ppo.target_kl": 0.05, "ppo.token_budget": 32768, "credit.gamma": 0.99,
+    "warmstart.epochs": 1, "warmstart.learning_rate": 2e-3, "trainer.eval_every": 0, "trainer.checkpoint_every": 0,
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """An environment, how it is learned, and what is asked of the result"""
+
+    task: Task
+    gym_id: str  # for the baseline
+    bar: float  # greedy return that is asked for
+    updates: int
+    kl_coef: tuple[float, float]  # weight of the KL to the reference, from the first update to the last
+    scored: bool = False
+    gym_options: dict = dataclasses.field(default_factory=dict)
+    max_steps: int | None = None
+    options: dict = dataclasses.field(default_factory=dict)
+
+    @property
+    def random(self) -> float:
+        return self.task.reference_returns["random"]
+
+    @property
+    def optimal(self) -> float:
+        return self.task.reference_returns["optimal"]
+
+    @property
+    def near(self) -> float:
+        """90 % of the way from random play to the optimum"""
+        return self.random + 0.9 * (self.optimal - self.random)
+
+    def env(self) -> gym.Env:
+        return gym.make(self.gym_id, max_episode_steps=self.max_steps, **self.gym_options)
+
+
+def problems() -> dict[str, Problem]:
+    """All of them, by name. Contexts are one turn: the states of these are their newest observations"""
+    one = {"context": window(1)}
+    masked = dataclasses.replace(taxi(), legal_actions=masked_actions, **one)
+    ice = {"ppo.epochs": 2}
+    return {
+        "frozenlake": Problem(dataclasses.replace(frozen_lake(slippery=True), **one), "FrozenLake-v1", 0.65, 150, (0.1, 0.003),
+                              gym_options={"is_slippery": True}),
+        "frozenlake_dry": Problem(dataclasses.replace(frozen_lake(slippery=False), **one), "FrozenLake-v1", 0.95, 60, (0.05, 0.05),
+                                  gym_options={"is_slippery": False}, options=ice),
+        "cliffwalking": Problem(dataclasses.replace(cliff_walking(), **one), "CliffWalking-v1", -20.0, 60, (0.05, 0.005), max_steps=100),
+        "taxi": Problem(masked, "Taxi-v4", 5.0, 100, (0.05, 0.003), scored=True),
+        "blackjack": Problem(dataclasses.replace(blackjack(), **one), "Blackjack-v1", -0.06, 300, (0.05, 0.005)),
+    }  # fmt: skip
+
+
+def reached(returns: list[float], counts: list[int], level: float) -> int | None:
+    """Episodes after which the mean return of the last 500 was at least `level`; `returns` are means over `counts` episodes each"""
+    for end in range(1, len(returns) + 1):
+        begin = end
+        while begin and sum(counts[begin:end]) < 500:
+            begin -= 1
+        n = sum(counts[begin:end])
+        if n >= 500 and sum(r * c for r, c in zip(returns[begin:end], counts[begin:end])) / n >= level:
+            return sum(counts[:end])
+    return None
+
+
+def learn(name: str, seed: int, scale: float, folder: Path) -> dict:
+    """One seed of ours"""
+    warnings.simplefilter("ignore")
+    problem, began = problems()[name], time.perf_counter()
+    updates = max(2, round(problem.updates * scale))
+    options = COMMON | problem.options | {"trainer.updates": updates, "trainer.seed": seed, "trainer.output_dir": str(folder / f"{name}-{seed}")}
+    kind = ScoredAgent if problem.scored else Agent
+    agent = kind.for_task(problem.task, Policy.load("tiny", lora=None, device="cpu", seed=seed), config=Config.from_dict(options))
+    random_play = play(problem.task, RandomAgent(problem.task, seed=seed), episodes=300, seed=1000 + seed)
+    clone(agent, random_play, progress=False)
+    history = Trainer(agent, callbacks=[Anneal(kl_coef=problem.kl_coef)]).fit().history
+    counts = [round(m["episodes"] - before) for m, before in zip(history, [0, *(m["episodes"] for m in history)])]
+    returns = [m["mean_return"] for m in history]
+    steps = round(sum(m["mean_length"] * n for m, n in zip(history, counts)))
+    score = blackjack_return(agent).value if name == "blackjack" else evaluate(agent, episodes=500, num_envs=64, greedy=True).greedy.mean_return
+    return dict(env=name, learner="llamagym", seed=seed, scale=scale, score=score, episodes=sum(counts), steps=steps,
+                near=reached(returns, counts, problem.near), seconds=time.perf_counter() - began, returns=returns, counts=counts)  # fmt: skip
+
+
+def baseline(name: str, seed: int, scale: float, steps: int) -> dict | None:
+    """The same number of steps of Stable-Baselines3's PPO; None where it isn't installed"""
+    try:
+        from stable_baselines3 import PPO
+        from stable_baselines3.common.env_util import make_vec_env
+        from stable_baselines3.common.evaluation import evaluate_policy
+    except ImportError:
+        return None
+    import torch
+
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    problem, began = problems()[name], time.perf_counter()
+    envs = make_vec_env(problem.env, n_envs=8, seed=seed)
+    model = PPO("MlpPolicy", envs, seed=seed, n_steps=256, device="cpu")
+    found: list[float] = []
+
+    def watch(local: dict, _) -> bool:
+        found.extend(info["episode"]["r"] for info in local["infos"] if "episode" in info)
+        return True
+
+    model.learn(steps, callback=watch)
+    score, _ = evaluate_policy(model, make_vec_env(problem.env, n_envs=8, seed=1_000_000 + seed), 500, deterministic=True)
+    parts = [found[i : i + 100] for i in range(0, len(found), 100)]
+    returns, counts = [float(np.mean(part)) for part in parts], [len(part) for part in parts]
+    return dict(env=name, learner="stable-baselines3", seed=seed, scale=scale, score=float(score), episodes=len(found), steps=steps,
+                near=reached(returns, counts, problem.near), seconds=time.perf_counter() - began, returns=returns, counts=counts)  # fmt: skip
+
+
+def both(name: str, seed: int, scale: float, folder: Path) -> list[dict]:
+    """A seed of ours, and the baseline with as many steps"""
+    ours = learn(name, seed, scale, folder)
+    theirs = baseline(name, seed, scale, ours["steps"])
+    return [ours, theirs] if theirs else [ours]
+
+
+def spread(numbers: list[float], digits: int) -> str:
+    """Median, and range of several"""
+    shown = [f"{n:.{digits}f}" for n in (statistics.median(numbers), min(numbers), max(numbers))]
+    return f"{shown[0]} [{shown[1]}, {shown[2]}]" if len(numbers) > 1 else shown[0]
+
+
+def table(rows: list[dict]) -> str:
+    """What was found, as Markdown"""
+    lines = ["| environment | learner | return, greedy | asked for | random | optimal | episodes to 90 % | episodes | seconds | seeds |", "|---" * 10 + "|"]
+    for name, problem in problems().items():
+        for learner in ("llamagym", "stable-baselines3"):
+            mine = [r for r in rows if (r["env"], r["learner"]) == (name, learner)]
+            if not mine:
+                continue
+            digits = 3 if abs(problem.optimal) <= 1 else 1
+            near = [math.inf if r["near"] is None else r["near"] for r in mine]
+            asked = f"{problem.bar:g}" if learner == "llamagym" else ""
+            score, episodes, seconds = (spread([r[key] for r in mine], d) for key, d in (("score", digits), ("episodes", 0), ("seconds", 0)))
+            known = [f"{problem.random:g}", f"{problem.optimal:g}"]
+            cells = [name, learner, score, asked, *known, spread(near, 0).replace("inf", "never"), episodes, seconds, str(len(mine))]
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def figure(rows: list[dict]) -> Figure:
+    """Return over training episodes, a panel for each environment"""
+    names = [name for name in problems() if any(r["env"] == name for r in rows)]
+    fig = Figure(figsize=(5 * len(names), 3.6), layout="constrained")
+    colors = {"llamagym": "tab:blue", "stable-baselines3": "tab:orange"}
+    for name, axes in zip(names, np.atleast_1d(fig.subplots(1, len(names)))):
+        problem, labels = problems()[name], set()
+        for r in [r for r in rows if r["env"] == name]:
+            label = None if r["learner"] in labels else r["learner"]
+            labels.add(r["learner"])
+            axes.plot(np.cumsum(r["counts"]), r["returns"], color=colors[r["learner"]], alpha=0.6, linewidth=1, label=label)
+        for level, text in ((problem.random, "random"), (problem.optimal, "optimal"), (problem.bar, "asked for")):
+            axes.axhline(level, color="black", linewidth=0.8, linestyle=":" if text != "asked for" else "--", label=None)
+            axes.annotate(text, (1, level), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8)
+        if min(min(r["returns"]) for r in rows if r["env"] == name) < -100:
+            axes.set_yscale("symlog", linthresh=10)
+        axes.set(title=name, xlabel="training episodes", ylabel="mean return, sampled")
+        axes.legend(fontsize=8)
+    return fig
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--env", default="frozenlake_dry,frozenlake,cliffwalking,taxi,blackjack", help="which, with commas between them (default: %(default)s)")
+    parser.add_argument("--seeds", type=int, default=3, help="how many (default: %(default)s)")
+    parser.add_argument("--scale", type=float, default=1.0, help="share of the updates to make (default: %(default)s)")
+    parser.add_argument("--processes", type=int, default=2, help="runs side by side (default: %(default)s)")
+    parser.add_argument("--output", type=Path, default=Path("runs/learning"), help="folder of rows, figure and runs (default: %(default)s)")
+    args = parser.parse_args()
+    names = args.env.split(",")
+    if unknown := [name for name in names if name not in problems()]:
+        parser.error(f"unknown environments {', '.join(unknown)}: expected some of {', '.join(problems())}")
+    args.output.mkdir(parents=True, exist_ok=True)
+    path = args.output / "results.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    rows = [r for r in rows if r["scale"] == args.scale and r["env"] in names and r["seed"] < args.seeds]
+    done = {(r["env"], r["seed"]) for r in rows if r["learner"] == "llamagym"}
+    with ProcessPoolExecutor(args.processes, mp_context=multiprocessing.get_context("spawn")) as pool:
+        jobs = [(name, seed) for name in names for seed in range(args.seeds) if (name, seed) not in done]
+        for future in as_completed([pool.submit(both, name, seed, args.scale, args.output) for name, seed in jobs]):
+            for row in future.result():
+                rows.append(row)
+                with path.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(row) + "\n")
+                label = f"{row['env']:14} {row['learner']:17} seed {row['seed']}"
+                print(f"{label}: return {row['score']:.3f} after {row['episodes']} episodes, {row['seconds']:.0f} s", flush=True)
+    figure(rows).savefig(args.output / "learning.png", dpi=120)
+    print(f"\n{table(rows)}\n\ncurves: {args.output / 'learning.png'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
