@@ -1,6 +1,6 @@
 """What each algorithm can learn: all of them on all probes, whose best return is known.
 
-    python benchmarks/algorithms.py            # three seeds, about ten minutes on 2 cores
+    python benchmarks/algorithms.py            # three seeds
     python benchmarks/algorithms.py --quick    # one seed
 
 A score is 0 for random play and 1 for the optimum, `llamagym.probes` says what each probe asks. Shown is the median over the seeds, its
@@ -11,17 +11,16 @@ what is far costs less, and `leave` should be stayed in. Rows are appended to th
 """
 
 import argparse
-import json
-import multiprocessing
 import os
 import statistics
 import sys
 import time
 import warnings
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from resumable import run
 
 from llamagym.algorithms import ALGORITHMS, as_algorithm
 from llamagym.probes import PROBES, SOLVED, own_reward, solve
@@ -36,14 +35,25 @@ def cannot(algorithm: str, probe: str) -> bool:
     return probe == "leave" and (algorithm == "ppo_token" or not as_algorithm(algorithm).needs_critic)
 
 
-def attempt(probe: str, algorithm: str, seed: int, updates: int) -> dict:
-    """One run, as a row"""
+def attempt(probe: str, algorithm: str, seed: int, updates: int) -> list[dict]:
+    """One run, which is one row"""
     warnings.simplefilter("ignore")
     no_gradient = (algorithm, probe) == ("own_reward", "delayed")  # but for rounding in that of the KL, which Adam would follow
     options = {"ppo__kl_coef": 0.0} if no_gradient else {}
     result = solve(probe, CREDITS[algorithm] or algorithm, seed, 10 if cannot(algorithm, probe) else updates, **options)
     found = dict(score=result.score, episodes=result.episodes, seconds=result.seconds, curve=result.curve)
-    return dict(probe=probe, algorithm=algorithm, seed=seed, updates=updates) | found
+    return [dict(probe=probe, algorithm=algorithm, seed=seed, updates=updates) | found]
+
+
+def job_of(row: dict) -> tuple:
+    """The arguments of `attempt` that a row is of"""
+    return row["probe"], row["algorithm"], row["seed"], row["updates"]
+
+
+def say(row: dict) -> str:
+    """A row in words"""
+    name = f"{row['probe']:8} {row['algorithm']:12} seed {row['seed']}"
+    return f"{name}: score {row['score']:6.2f} after {row['episodes']:5} episodes, {row['seconds']:.1f} s"
 
 
 def cell(rows: list[dict], failing: bool) -> str:
@@ -58,7 +68,7 @@ def cell(rows: list[dict], failing: bool) -> str:
 def table(rows: list[dict]) -> str:
     """Algorithms by probes, as Markdown"""
     lines = ["| | " + " | ".join(PROBES) + " |", "|---" * (len(PROBES) + 1) + "|"]
-    for algorithm in CREDITS:
+    for algorithm in [name for name in CREDITS if any(row["algorithm"] == name for row in rows)]:
         cells = [cell([r for r in rows if (r["algorithm"], r["probe"]) == (algorithm, probe)], cannot(algorithm, probe)) for probe in PROBES]
         lines.append(f"| {algorithm} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -77,20 +87,9 @@ def main() -> int:
     if unknown := [name for name in names if name not in CREDITS]:
         parser.error(f"unknown algorithms {', '.join(unknown)}: expected some of {', '.join(CREDITS)}")
     jobs = [(probe, name, seed, args.updates) for seed in range(1 if args.quick else args.seeds) for name in names for probe in PROBES]
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    rows = [json.loads(line) for line in args.output.read_text().splitlines()] if args.output.exists() else []
-    rows = [row for row in rows if (row["probe"], row["algorithm"], row["seed"], row["updates"]) in jobs]
-    done = {(row["probe"], row["algorithm"], row["seed"], row["updates"]) for row in rows}
     began = time.perf_counter()
-    with ProcessPoolExecutor(args.processes, mp_context=multiprocessing.get_context("spawn")) as pool:
-        for future in as_completed([pool.submit(attempt, *job) for job in jobs if job not in done]):
-            row = future.result()
-            rows.append(row)
-            with args.output.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
-            name = f"{row['probe']:8} {row['algorithm']:12} seed {row['seed']}"
-            print(f"{name}: score {row['score']:6.2f} after {row['episodes']:5} episodes, {row['seconds']:.1f} s", flush=True)
-    print(f"\n{table(rows)}\n\n{len(rows) - len(done)} runs in {time.perf_counter() - began:.0f} s")
+    rows = run(args.output, jobs, attempt, job_of, say, args.processes)
+    print(f"\n{table(rows)}\n\n{len(rows)} runs, {time.perf_counter() - began:.0f} s for those that were not there")
     failed = [row for row in rows if row["algorithm"] == "ppo" and row["score"] < SOLVED]
     for row in failed:
         print(f"ppo did not solve {row['probe']} with seed {row['seed']}: {row['score']:.2f}, expected at least {SOLVED}")

@@ -10,15 +10,13 @@ steps as the agent did. Rows are appended to the output folder as they finish; w
 
 import argparse
 import dataclasses
-import json
+import functools
 import math
-import multiprocessing
 import os
 import statistics
 import sys
 import time
 import warnings
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -26,6 +24,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import gymnasium as gym
 import numpy as np
 from matplotlib.figure import Figure
+from resumable import run
 
 from llamagym.agent import Agent
 from llamagym.chat import window
@@ -115,8 +114,7 @@ def learn(name: str, seed: int, scale: float, folder: Path) -> dict:
     random_play = play(problem.task, RandomAgent(problem.task, seed=seed), episodes=300, seed=1000 + seed)
     clone(agent, random_play, progress=False)
     history = Trainer(agent, callbacks=[Anneal(kl_coef=problem.kl_coef)]).fit().history
-    counts = [round(m["episodes"] - before) for m, before in zip(history, [0, *(m["episodes"] for m in history)])]
-    returns = [m["mean_return"] for m in history]
+    counts, returns = [agent.config.rollout.episodes] * len(history), [m["mean_return"] for m in history]
     steps = round(sum(m["mean_length"] * n for m, n in zip(history, counts)))
     score = blackjack_return(agent).value if name == "blackjack" else evaluate(agent, episodes=500, num_envs=64, greedy=True).greedy.mean_return
     return dict(env=name, learner="llamagym", seed=seed, scale=scale, score=score, episodes=sum(counts), steps=steps,
@@ -152,11 +150,21 @@ def baseline(name: str, seed: int, scale: float, steps: int) -> dict | None:
                 near=reached(returns, counts, problem.near), seconds=time.perf_counter() - began, returns=returns, counts=counts)  # fmt: skip
 
 
-def both(name: str, seed: int, scale: float, folder: Path) -> list[dict]:
+def both(folder: Path, name: str, seed: int, scale: float) -> list[dict]:
     """A seed of ours, and the baseline with as many steps"""
     ours = learn(name, seed, scale, folder)
     theirs = baseline(name, seed, scale, ours["steps"])
     return [ours, theirs] if theirs else [ours]
+
+
+def job_of(row: dict) -> tuple:
+    """The arguments of `both`, after the folder, that a row is of"""
+    return row["env"], row["seed"], row["scale"]
+
+
+def say(row: dict) -> str:
+    """A row in words"""
+    return f"{row['env']:14} {row['learner']:17} seed {row['seed']}: return {row['score']:.3f} after {row['episodes']} episodes, {row['seconds']:.0f} s"
 
 
 def spread(numbers: list[float], digits: int) -> str:
@@ -215,20 +223,8 @@ def main() -> int:
     names = args.env.split(",")
     if unknown := [name for name in names if name not in problems()]:
         parser.error(f"unknown environments {', '.join(unknown)}: expected some of {', '.join(problems())}")
-    args.output.mkdir(parents=True, exist_ok=True)
-    path = args.output / "results.jsonl"
-    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    rows = [r for r in rows if r["scale"] == args.scale and r["env"] in names and r["seed"] < args.seeds]
-    done = {(r["env"], r["seed"]) for r in rows if r["learner"] == "llamagym"}
-    with ProcessPoolExecutor(args.processes, mp_context=multiprocessing.get_context("spawn")) as pool:
-        jobs = [(name, seed) for name in names for seed in range(args.seeds) if (name, seed) not in done]
-        for future in as_completed([pool.submit(both, name, seed, args.scale, args.output) for name, seed in jobs]):
-            for row in future.result():
-                rows.append(row)
-                with path.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(row) + "\n")
-                label = f"{row['env']:14} {row['learner']:17} seed {row['seed']}"
-                print(f"{label}: return {row['score']:.3f} after {row['episodes']} episodes, {row['seconds']:.0f} s", flush=True)
+    jobs = [(name, seed, args.scale) for name in names for seed in range(args.seeds)]
+    rows = run(args.output / "results.jsonl", jobs, functools.partial(both, args.output), job_of, say, args.processes)
     figure(rows).savefig(args.output / "learning.png", dpi=120)
     print(f"\n{table(rows)}\n\ncurves: {args.output / 'learning.png'}")
     return 0

@@ -74,8 +74,8 @@ def test_probe_leave_by_value_iteration():
 
 
 @pytest.mark.parametrize("name", PROBES)
-def test_probe_can_only_be_solved_by_what_it_asks_for(name):
-    """An optimal script scores 1, random play 0; a probe that asks for memory or reading can't be solved by any policy of the last observation alone"""
+def test_probe_scores(name):
+    """An optimal script scores 1, random play 0; but for `match`, the last observation says nothing of what pays"""
     probe = PROBES[name]
     best = dict(bandit=lambda obs, info: 2, match=lambda obs, info: obs[1], format=lambda obs, info: 0, leave=lambda obs, info: 1,
                 delayed=lambda obs, info: 4 if obs[0] else 2, copy=lambda obs, info: obs[1] if obs[0] == 10 else 2)[name]  # fmt: skip

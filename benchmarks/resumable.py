@@ -1,0 +1,31 @@
+"""Many runs side by side, whose rows are appended to a file as they finish; what the file holds is not run again."""
+
+import json
+import multiprocessing
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+
+
+def run(
+    path: Path,
+    jobs: Sequence[tuple],
+    work: Callable[..., list[dict]],
+    job_of: Callable[[dict], tuple],
+    say: Callable[[dict], str],
+    processes: int,
+) -> list[dict]:
+    """The rows of all jobs, old and new. `work(*job)` makes them, `job_of(row)` is the job that a row is of, `say(row)` is printed when it is there"""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    rows = [row for row in rows if job_of(row) in jobs]
+    done = {job_of(row) for row in rows}
+    with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
+        for future in as_completed([pool.submit(work, *job) for job in jobs if job not in done]):
+            found = future.result()
+            with path.open("a", encoding="utf-8") as file:
+                file.write("".join(json.dumps(row) + "\n" for row in found))
+            rows += found
+            for row in found:
+                print(say(row), flush=True)
+    return rows
