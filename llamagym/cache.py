@@ -109,12 +109,13 @@ class SlotCache(Cache):
     @property
     def nbytes(self) -> int: return sum(table.nbytes for table in self.tables())
 
-    def swap(self,
-        a: int, b: int, # rows
-        length: int,    # positions to move, those of the longer one
+    def move(self,
+        sources: list[int], # rows
+        targets: list[int], # rows that take their places, all different
+        length: int,        # positions to move, those of the longest one
     ) -> None:
-        "Let two conversations change places"
-        for table in self.tables(): table[[a, b], :, :length] = table[[b, a], :, :length]
+        "Let conversations change places"
+        for table in self.tables(): table[targets, :, :length] = table[sources, :, :length]
 
     def copy_prefix(self,
         source: int,            # row

@@ -112,6 +112,7 @@ class _Row:
     request: Request | None = None                      # what it is speaking to, if it is
     said: list[tuple] = field(default_factory=list)     # per token: log-probability, entropy, alternatives
     used: int = 0                                       # when it was last asked
+    place: int = 0                                      # the table's row that holds it
 
     def take(self, request: Request, now: int) -> None:
         "Begin to answer; what the row holds of the prompt is kept, but for its last token, whose hidden state is needed"
@@ -140,12 +141,16 @@ class _Rows:
         self.of_key: dict[Hashable, _Row] = {}
 
     def swap(self, a: int, b: int) -> None:
-        "Let rows a and b change places"
-        if a == b: return
-        held = self.rows[a].cached, self.rows[b].cached
-        if all(held): self.cache.swap(a + 1, b + 1, max(held))
-        elif any(held): self.cache.copy_prefix((a if held[0] else b) + 1, [(b if held[0] else a) + 1], max(held))
+        "Let rows a and b change places; the table follows with `settle`"
         self.rows[a], self.rows[b] = self.rows[b], self.rows[a]
+
+    def settle(self) -> None:
+        "Move what the table holds to where the rows are now, all at once"
+        moved = [(row.place, i, row.cached) for i, row in enumerate(self.rows, 1) if row.place != i and row.cached]
+        if moved:
+            sources, targets, lengths = zip(*moved)
+            self.cache.move(list(sources), list(targets), max(lengths))
+        for i, row in enumerate(self.rows, 1): row.place = i
 
     def find(self, key: Hashable | None, most_idle: int) -> int:
         "An idle row: the one of a key, else a free one, else a new one, else the one that has been idle longest"
@@ -154,7 +159,7 @@ class _Rows:
         free = next((i for i in idle if self.rows[i].key is None), None)
         if free is None and len(idle) >= most_idle: free = min(idle, key=lambda i: self.rows[i].used)
         if free is None:
-            self.rows.append(_Row())
+            self.rows.append(_Row(place=len(self.rows) + 1))
             self.cache.reserve(len(self.rows) + 1, 1)
             return len(self.rows) - 1
         self.forget(self.rows[free])
@@ -228,6 +233,7 @@ class _Table:
     def forward(self, rows: list[_Row], first: int, part: str, last: int | None = None) -> Tensor:
         "[n, H] the hidden state after the last token of each row, or [n, m, H] after the `last` m; `first` is the table's row of the first of them"
         began = time.perf_counter()
+        self.rows.settle()
         starts, ends = (np.array(list(numbers), dtype=np.int64) for numbers in ((r.cached for r in rows), (len(r.ids) for r in rows)))
         new, width = ends - starts, int((ends - starts).max())
         ids = np.full((len(rows), width), self.policy.pad_id)
@@ -256,6 +262,7 @@ class _Table:
             self.prefix = shared
         lengths = [min(common_start(self.prefix, prompt), len(prompt) - 1) for prompt in prompts]
         if max(lengths) < SHARE_TOKENS: return
+        self.rows.settle()
         self.cache.copy_prefix(0, [i + 1 for i in fresh], max(lengths))   # what is copied beyond a row's own length is never seen
         for i, length in zip(fresh, lengths): self.rows.rows[i].cached = self.rows.rows[i].shared = length
         self.stats.shared_tokens += sum(lengths)
@@ -465,7 +472,7 @@ class EngineSteps(EngineParts):
             finished.append(row.request)
             rows.rest(i)
             row.finish(stopped)
-        return finished
+        return finished[::-1]    # in the order of their rows, so that those that go on find them there
 
     def _answer_whole(self) -> list[Request]:
         "Answer the requests whose prompts are as long as that of the first"
