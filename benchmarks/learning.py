@@ -6,6 +6,10 @@
 Each row is one seed of one learner: the greedy policy's return on fresh episodes, and after how many training episodes the return of the last
 500 had come 90 % of the way from random play to the optimum. The baseline, an MLP with its default settings, plays as many environment
 steps as the agent did. Rows are appended to the output folder as they finish; what is there is not run again. A figure shows the curves.
+
+The tasks are the package's own, with two things said: a context of one turn, since the states of these environments are their newest
+observations, and no system prompt. A system prompt is the same in all states; a model of random weights, whose attention is still even, sees
+a state of ten tokens drowned in a prompt of fifty (hidden states of different cells have a cosine of 0.99 with it, and 0.8 without).
 """
 
 import argparse
@@ -23,13 +27,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import gymnasium as gym
 import numpy as np
+from gymnasium.wrappers import FlattenObservation
 from matplotlib.figure import Figure
 from resumable import run
 
 from llamagym.agent import Agent
 from llamagym.chat import window
 from llamagym.config import Config
-from llamagym.exact import blackjack_return
+from llamagym.exact import blackjack_return, greedy_choices
 from llamagym.policy import Policy
 from llamagym.rollout import evaluate
 from llamagym.scored import ScoredAgent
@@ -38,8 +43,9 @@ from llamagym.trainer import Anneal, Trainer
 from llamagym.warmstart import clone
 
 COMMON = {
-    "generate.max_new_tokens": 6, "rollout.num_envs": 64, "rollout.episodes": 128, "ppo.learning_rate": 3e-4, "ppo.critic_learning_rate": 1e-2,
-    "ppo.epochs": 6, "ppo.mini_batch_size": 256, "ppo.target_kl": 0.05, "ppo.token_budget": 32768, "credit.gamma": 0.99,
+    "generate.max_new_tokens": 6, "rollout.num_envs": 64, "rollout.episodes": 64, "ppo.learning_rate": 1.5e-4, "ppo.critic_learning_rate": 1e-3,
+    "ppo.epochs": 4, "ppo.mini_batch_size": 512, "ppo.target_kl": 0.1, "ppo.token_budget": 32768, "credit.gamma": 0.99,
+    "model.critic": "detached", "model.value_hidden": 64,
     "warmstart.epochs": 1, "warmstart.learning_rate": 2e-3, "trainer.eval_every": 0, "trainer.checkpoint_every": 0,
 }  # fmt: skip
 
@@ -56,6 +62,7 @@ class Problem:
     scored: bool = False
     gym_options: dict = dataclasses.field(default_factory=dict)
     max_steps: int | None = None
+    warmup: int = 300  # episodes of random play that are imitated first
     options: dict = dataclasses.field(default_factory=dict)
 
     @property
@@ -72,22 +79,35 @@ class Problem:
         return self.random + 0.9 * (self.optimal - self.random)
 
     def env(self) -> gym.Env:
-        return gym.make(self.gym_id, max_episode_steps=self.max_steps, **self.gym_options)
+        env = gym.make(self.gym_id, max_episode_steps=self.max_steps, **self.gym_options)
+        return FlattenObservation(env) if isinstance(env.observation_space, gym.spaces.Tuple) else env
+
+    def agent(self, seed: int, **options) -> Agent:
+        """The tiny model, after it has imitated random play"""
+        config = Config.from_dict(COMMON | self.options | {"trainer.seed": seed} | options)
+        policy = Policy.load("tiny", lora=None, device="cpu", critic=config.model.critic, value_hidden=config.model.value_hidden, seed=seed)
+        agent = (ScoredAgent if self.scored else Agent).for_task(self.task, policy, config=config)
+        free = dataclasses.replace(self.task, legal_actions=None)  # what is seldom legal would be seldom seen, and hardly ever chosen where it is
+        clone(agent, play(free, RandomAgent(free, seed=seed), episodes=self.warmup, seed=1000 + seed), progress=False)
+        return agent
 
 
 def problems() -> dict[str, Problem]:
-    """All of them, by name. Contexts are one turn: the states of these are their newest observations"""
-    one = {"context": window(1)}
-    masked = dataclasses.replace(taxi(), legal_actions=masked_actions, **one)
-    ice = {"ppo.epochs": 2}
+    """All of them, by name"""
+    few = {"context": window(1), "system_prompt": None}
+    ice = {"rollout.episodes": 128, "ppo.mini_batch_size": 256, "ppo.learning_rate": 2e-4, "ppo.epochs": 6, "ppo.target_kl": 0.05}
+    cab = {"rollout.episodes": 32, "rollout.num_envs": 32}
     return {
-        "frozenlake": Problem(dataclasses.replace(frozen_lake(slippery=True), **one), "FrozenLake-v1", 0.65, 150, (0.1, 0.003),
-                              gym_options={"is_slippery": True}),
-        "frozenlake_dry": Problem(dataclasses.replace(frozen_lake(slippery=False), **one), "FrozenLake-v1", 0.95, 60, (0.05, 0.05),
+        "frozenlake": Problem(dataclasses.replace(frozen_lake(slippery=True), **few), "FrozenLake-v1", 0.65, 80, (0.1, 0.001),
+                              gym_options={"is_slippery": True}, options=ice),
+        "frozenlake_dry": Problem(dataclasses.replace(frozen_lake(slippery=False), **few), "FrozenLake-v1", 0.95, 40, (0.1, 0.01),
                                   gym_options={"is_slippery": False}, options=ice),
-        "cliffwalking": Problem(dataclasses.replace(cliff_walking(), **one), "CliffWalking-v1", -20.0, 60, (0.05, 0.005), max_steps=100),
-        "taxi": Problem(masked, "Taxi-v4", 5.0, 100, (0.05, 0.003), scored=True),
-        "blackjack": Problem(dataclasses.replace(blackjack(), **one), "Blackjack-v1", -0.06, 300, (0.05, 0.005)),
+        "cliffwalking": Problem(dataclasses.replace(cliff_walking(), **few), "CliffWalking-v1", -20.0, 50, (0.5, 0.02), scored=True, max_steps=100,
+                                warmup=60),
+        "taxi": Problem(dataclasses.replace(taxi(), legal_actions=masked_actions, **few), "Taxi-v4", 5.0, 110, (0.3, 0.005), scored=True, warmup=20,
+                        options=cab),
+        "blackjack": Problem(dataclasses.replace(blackjack(), **few), "Blackjack-v1", -0.06, 200, (0.5, 0.02),
+                             options={"rollout.episodes": 1024, "rollout.num_envs": 256}),
     }  # fmt: skip
 
 
@@ -108,15 +128,11 @@ def learn(name: str, seed: int, scale: float, folder: Path) -> dict:
     warnings.simplefilter("ignore")
     problem, began = problems()[name], time.perf_counter()
     updates = max(2, round(problem.updates * scale))
-    options = COMMON | problem.options | {"trainer.updates": updates, "trainer.seed": seed, "trainer.output_dir": str(folder / f"{name}-{seed}")}
-    kind = ScoredAgent if problem.scored else Agent
-    agent = kind.for_task(problem.task, Policy.load("tiny", lora=None, device="cpu", seed=seed), config=Config.from_dict(options))
-    random_play = play(problem.task, RandomAgent(problem.task, seed=seed), episodes=300, seed=1000 + seed)
-    clone(agent, random_play, progress=False)
+    agent = problem.agent(seed, **{"trainer.updates": updates, "trainer.output_dir": str(folder / f"{name}-{seed}")})
     history = Trainer(agent, callbacks=[Anneal(kl_coef=problem.kl_coef)]).fit().history
     counts, returns = [agent.config.rollout.episodes] * len(history), [m["mean_return"] for m in history]
     steps = round(sum(m["mean_length"] * n for m, n in zip(history, counts)))
-    score = blackjack_return(agent).value if name == "blackjack" else evaluate(agent, episodes=500, num_envs=64, greedy=True).greedy.mean_return
+    score = blackjack_return(greedy_choices(agent)) if name == "blackjack" else evaluate(agent, episodes=500, num_envs=64, greedy=True).greedy.mean_return
     return dict(env=name, learner="llamagym", seed=seed, scale=scale, score=score, episodes=sum(counts), steps=steps,
                 near=reached(returns, counts, problem.near), seconds=time.perf_counter() - began, returns=returns, counts=counts)  # fmt: skip
 

@@ -399,6 +399,7 @@ class PPOConfig(Section):
     kl_in: Literal["loss", "reward"] = option("loss", "where kl_coef counts: as a loss of its own, or as a cost of each turn, which is credited like the rewards")
     critic_warmup: int = option(0, "first updates, in which only the critic learns", at_least=0)
     importance_cap: float|None = option(None, "weighs what was sampled by how much likelier the learner makes it, up to this, before ratios are taken; None takes the sampler to be the learner", above=0)
+    normalize_returns: bool = option(True, "the critic learns returns in units of their running deviation, so that critic_learning_rate fits rewards of any size")
 
     @classmethod
     def from_2024(

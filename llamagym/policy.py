@@ -64,11 +64,27 @@ class ValueHead(nn.Module):
         self.inner = nn.Sequential(nn.Linear(hidden_size, width), nn.GELU()) if width else nn.Identity()
         self.out = nn.Linear(width or hidden_size, 1)
         nn.init.zeros_(self.out.weight); nn.init.zeros_(self.out.bias)
+        for name, start in (("center", 0.0), ("scale", 1.0), ("known", 0.0)): self.register_buffer(name, torch.tensor(start))
 
     def forward(self,
         hidden: Tensor, # [..., H]
     ) -> Tensor: # [...] expected return, in the units of the reward
-        return self.out(self.inner(hidden.float())).squeeze(-1)
+        return self.center + self.scale * self.out(self.inner(hidden.float())).squeeze(-1)
+
+    @torch.no_grad()
+    def rescale(self,
+        returns: Tensor,     # [M] that are to be learned
+        weight: float = 0.2, # of them, against those of earlier calls; the first call's count alone
+    ) -> None:
+        "Learn in units of the returns' running deviation from now on, without predicting anything else. A head that has learned nothing predicts their mean. Returns that are all the same say nothing"
+        if len(returns) < 2 or not returns.std() > 1e-6: return
+        center, scale, weight = self.center.clone(), self.scale.clone(), weight if self.known else 1.0
+        self.center.lerp_(returns.mean(), weight)
+        self.scale.copy_(((1 - weight) * (scale**2 + center**2) + weight * returns.square().mean() - self.center**2).clamp(min=1e-12).sqrt())
+        if self.known or self.out.weight.any() or self.out.bias.any():
+            self.out.weight.mul_(scale / self.scale)
+            self.out.bias.mul_(scale).add_(center - self.center).div_(self.scale)
+        self.known.fill_(1.0)
 
 # %% ../nbs/05_policy.ipynb #ebf43af6
 @dataclass
@@ -323,7 +339,7 @@ def write_policy(
     path: str | os.PathLike, # folder; replaced whole, or left as it was if anything fails
 ) -> Path:
     "Save adapters (or the whole model), value head, reference and tokenizer"
-    meta = dict(format=1, critic=policy.critic, value_hidden=policy.value_head.width, adapter=policy.adapter,
+    meta = dict(format=2, critic=policy.critic, value_hidden=policy.value_head.width, adapter=policy.adapter,
                 has_reference=policy.has_reference, base=policy.base, dtype=str(policy.causal_lm.dtype).removeprefix("torch."))
     with atomic_folder(path) as folder, no_progress_bars():
         if policy.is_peft:
@@ -346,7 +362,9 @@ def read_meta(
     recover_folder(path)
     file = Path(path)/"policy.json"
     if not file.exists(): raise FileNotFoundError(f"no policy saved at {path}: {file} is missing")
-    return json.loads(file.read_text())
+    meta = json.loads(file.read_text())
+    if meta["format"] != 2: raise ValueError(f"{path} has policy format {meta['format']}; this version reads format 2")
+    return meta
 
 # %% ../nbs/05_policy.ipynb #391bc5be
 def _adapter_folder(path: Path, adapter: str) -> Path:
@@ -364,7 +382,7 @@ def read_policy(
 ) -> Policy:
     "Load a saved policy"
     path, meta = Path(path), read_meta(path)
-    if meta["format"] != 1: raise ValueError(f"{path} has policy format {meta['format']}; this version reads format 1")
+
     adapter, frozen = meta["adapter"], None
     if adapter is None:
         load = lambda folder: load_base(str(path/folder), dtype=meta["dtype"], device=device)[0]

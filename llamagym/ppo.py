@@ -115,9 +115,9 @@ def _require_finite(numbers: Sequence[Tensor], where: str, batch: Batch, folder:
 
 # %% ../nbs/07_ppo.ipynb #705d6d8c
 @contextmanager
-def _all_or_nothing(optimizer: torch.optim.Optimizer, generator: torch.Generator) -> Iterator[None]:
-    "Whatever stops the block halfway, an interrupt too, leaves what is trained, its moments and the random order as they were"
-    trained = [p for group in optimizer.param_groups for p in group["params"]]
+def _all_or_nothing(optimizer: torch.optim.Optimizer, generator: torch.Generator, others: Iterable[Tensor] = ()) -> Iterator[None]:
+    "Whatever stops the block halfway, an interrupt too, leaves what is trained, its moments, other tensors and the random order as they were"
+    trained = [*(p for group in optimizer.param_groups for p in group["params"]), *others]
     before, moments, order = [p.detach().clone() for p in trained], copy.deepcopy(optimizer.state_dict()), generator.get_state()
     try: yield
     except BaseException:
@@ -278,7 +278,7 @@ class PPOLoss(PPOParts):
         seen = reference.select(tokens, turns, candidates)
         terms = loss_terms(self.policy, micro_on_device, seen, c, self.temperature, self.length_normalized, per_token)
         log.add(terms, micro_on_device)
-        critic = c.vf_coef * terms.critic.sum() / (batch.num_tokens if per_token else batch.num_turns)
+        critic = c.vf_coef * terms.critic.sum() / self.policy.value_head.scale**2 / (batch.num_tokens if per_token else batch.num_turns)
         if self.warming_up: return steps * critic
         forced, choices = batch.num_tokens - batch.num_choices, max(1, batch.num_choices)
         counted = dict(token=choices, turn=max(1, batch.num_turns - forced), sequence=batch.num_rows)[c.ratio]
@@ -306,7 +306,7 @@ class PPO(PPOLoss):
         "Gradient steps on one batch. Raises `NonFiniteLoss`. Whatever stops it halfway, an interrupt too, leaves all as it was"
         c, critic, per_token = self.config, self.algorithm.needs_critic, self.algorithm.per_token
         log, check = StatLog(batch, per_token), partial(_require_finite, batch=batch, folder=self.failure_dir)
-        with _all_or_nothing(self.optimizer, self.generator), gradient_checkpointing(self.policy, c.gradient_checkpointing):
+        with _all_or_nothing(self.optimizer, self.generator, self.policy.value_head.buffers()), gradient_checkpointing(self.policy, c.gradient_checkpointing):
             began = time.perf_counter()
             self.optimizer.zero_grad(set_to_none=True)
             targets = [batch.token_returns, batch.token_values] if per_token else [batch.returns, batch.values][:1 + critic]
@@ -314,6 +314,7 @@ class PPO(PPOLoss):
             if c.importance_cap is not None:
                 logprobs = learner_logprobs(self.policy, batch, self.temperature, self.length_normalized, c.token_budget)
                 batch, log.gap = _corrected(batch, logprobs.cpu(), c.importance_cap)
+            if critic and c.normalize_returns: self.policy.value_head.rescale((batch.token_returns if per_token else batch.returns).to(self.policy.device))
             for epoch, mini, count in self.steps(batch, log):
                 losses = (self.loss(micro, mini, batch, reference, count, log) for micro in mini.micro_batches(c.token_budget))
                 norm = _step(self.optimizer, losses, c.max_grad_norm, epoch, check, self.warming_up, lambda: c.target_kl is not None and log.step_kl > 1.5 * c.target_kl)

@@ -126,7 +126,7 @@ def _trainer_class():
             nll = torch.nn.functional.cross_entropy(self.policy.logits(tokens), inputs["token_ids"])
             value = 0.5 * (self.policy.value_head(states) - inputs["returns"]).square().mean()
             self.losses.append((nll.item(), value.item()))
-            loss = nll + self.critic_coef * value
+            loss = nll + self.critic_coef * value / self.policy.value_head.scale**2
             return (loss, {}) if return_outputs else loss
 
     return CloneTrainer
@@ -153,6 +153,7 @@ def clone(
     if not isinstance(agent, Agent): raise TypeError(f"agent is a {type(agent).__name__}; expected a llamagym Agent")
     config, policy, began = config or agent.config.warmstart, agent.policy, time.perf_counter()
     columns = _columns(agent, transcripts(trajectories), agent.config.credit.gamma)
+    if agent.config.ppo.normalize_returns: policy.value_head.rescale(torch.tensor(np.concatenate(columns["returns"]), dtype=torch.float32, device=policy.device), weight=1.0)
     trl, datasets = require("trl", "warmstart"), require("datasets", "warmstart")
     with tempfile.TemporaryDirectory() as folder, _quiet():
         args = trl.SFTConfig(

@@ -115,8 +115,8 @@ def test_bad_input_saved_policies(policy, tmp_path):
             other.restore(tmp_path / "p")
         assert all(torch.equal(a, b) for a, b in zip(other.parameters(), weights))
     meta = tmp_path / "p" / "policy.json"
-    meta.write_text(meta.read_text().replace('"format": 1', '"format": 99'))
-    with pytest.raises(ValueError, match="has policy format 99; this version reads format 1"):
+    meta.write_text(meta.read_text().replace('"format": 2', '"format": 99'))
+    with pytest.raises(ValueError, match="has policy format 99; this version reads format 2"):
         Policy.load(tmp_path / "p")
 
 

@@ -152,3 +152,39 @@ def test_credit_is_normalised_over_what_was_asked(over):
         assert abs(whole.std() - 1) > 1e-3 and len(parts) > 1
     for part in parts:
         assert part.mean() == pytest.approx(0, abs=1e-5) and part.std() == pytest.approx(1, abs=1e-4)
+
+
+def test_returns_of_any_size_teach_the_same():
+    """Rewards a thousand times as large: the same policy, and values that are a thousand times as large"""
+    found = {}
+    for size in (1.0, 1000.0):
+        policy = make_policy("lora", critic="shared")
+        agent = lake_agent(policy, max_steps=3, ppo__epochs=4, ppo__learning_rate=1e-3, ppo__critic_learning_rate=0.03, credit__gamma=0.9)
+        for first in (0, 8, 16):
+            episodes = played(agent, 8, first=first)
+            for turn in episodes.turns:
+                turn.reward *= size
+            stats = agent.learner.learn(episodes)
+        agent.learner.annotate(episodes)
+        found[size] = [p.detach().clone() for p in policy.parameters()], np.array([t.value for t in episodes.turns]) / size, stats["explained_variance"]
+    for ours, theirs in zip(found[1.0][0], found[1000.0][0]):
+        assert (ours - theirs).norm() <= 1e-3 * theirs.norm()
+    assert found[1.0][1] == pytest.approx(found[1000.0][1], rel=1e-2, abs=1e-3) and np.std(found[1.0][1]) > 0.01
+    assert found[1.0][2] == pytest.approx(found[1000.0][2], abs=1e-2)
+
+
+def test_an_update_that_fails_leaves_the_unit_of_returns():
+    agent = agent_of()
+    episodes, head = played(agent), agent.policy.value_head
+    before = copy.deepcopy(head.state_dict())
+
+    def fail(*_):
+        raise KeyboardInterrupt
+
+    handle = agent.learner.optimizer.register_step_pre_hook(fail)
+    with pytest.raises(KeyboardInterrupt):
+        agent.learner.learn(episodes)
+    handle.remove()
+    assert all(torch.equal(v, before[k]) for k, v in head.state_dict().items()) and head.scale == 1
+    agent.learner.learn(episodes)
+    assert head.scale != 1 and head.known == 1

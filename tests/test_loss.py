@@ -47,7 +47,7 @@ def test_loss_clips_where_it_says():
 
 
 def agent_of(**options) -> Agent:
-    given = dict(ppo__epochs=1, ppo__kl_coef=0.0, ppo__mini_batch_size=1000, ppo__vf_coef=0.0, ppo__max_grad_norm=1e9) | options
+    given = dict(ppo__epochs=1, ppo__kl_coef=0.0, ppo__mini_batch_size=1000, ppo__vf_coef=0.0, ppo__max_grad_norm=1e9, ppo__normalize_returns=False) | options
     return Agent.for_task(walk_task(3, context="full"), make_policy("lora"), config=config(**given))
 
 
@@ -127,7 +127,7 @@ def test_loss_does_not_depend_on_micro_batches(ratio):
     whole = gradients(agent, episodes)
     pieces = gradients(agent_of(ppo__ratio=ratio, ppo__token_budget=1), episodes)
     for a, b in zip(whole, pieces):
-        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-6)
+        assert (a - b).norm() <= 2e-4 * b.norm()  # single entries are sums that cancel, and as inexact as the processor's float32
 
 
 def test_loss_of_the_kl_in_the_reward():
