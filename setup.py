@@ -30,8 +30,9 @@ class BuildWithTutorials(build_py):
             return
         target = Path(self.build_lib) / package / "tutorials"
         target.mkdir(parents=True, exist_ok=True)
-        for notebook in sorted((ROOT / "nbs" / "tutorials").glob("*.ipynb")):
-            shutil.copy2(notebook, target)
+        for kind in ("*.ipynb", "*.png"):
+            for file in sorted((ROOT / "nbs" / "tutorials").glob(kind)):
+                shutil.copy2(file, target)
 
 
 setup(

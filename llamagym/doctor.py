@@ -138,11 +138,11 @@ def _far(case: Case) -> str | None:
     return f"the KL to the reference is {now:.2g} nats per token, and the return has not risen with it" if now > 1.5 and not (case.risen or case.doing_well) else None
 
 # %% ../nbs/12_doctor.ipynb #91ede682
-@check("useless critic", "Raise ppo.critic_learning_rate, give it ppo.critic_warmup updates or model.value_hidden units; rewards in the hundreds want scaling; critic=\"shared\" lets it shape what it reads")
+@check("useless critic", "Raise ppo.critic_learning_rate, give it ppo.critic_warmup updates or model.value_hidden units; critic=\"shared\" lets it shape what it reads")
 def _critic(case: Case) -> str | None:
     explained = case.column("explained_variance", 10)
     if not case.algorithm.needs_critic or case.history[-1]["mean_length"] < 1.5 or _same_return(case.episodes): return None
-    if len(explained) >= 5 and explained[-5:].mean() < -0.2: return f"the critic is worse than a constant: explained variance {explained[-5:].mean():.2f} over five updates"
+    if len(explained) >= 5 and np.median(explained[-5:]) < -0.2: return f"the critic is worse than a constant: explained variance {np.median(explained[-5:]):.2f}, the median of five updates"
     return f"the critic explains nothing of the returns: explained variance {explained.mean():.3f} over ten updates" if len(explained) == 10 and explained.mean() < 0.02 else None
 
 @check("log-probability gap", "What sampled is not what learns: set ppo.importance_cap=2, or sample in the learner's precision; with a model of your own, look for dropout and for state that batches share")

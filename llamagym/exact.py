@@ -5,20 +5,24 @@
 # %% auto #0
 __all__ = ['CARDS', 'Observation', 'History', 'hand_total', 'dealer_outcomes', 'stick_return', 'first_observations', 'after_hit',
            'BlackjackTree', 'blackjack_tree', 'blackjack_return', 'by_state', 'greedy_choices', 'plot_policy',
-           'optimal_value', 'random_value']
+           'optimal_value', 'random_value', 'policy_value', 'greedy_table']
 
 # %% ../nbs/13_exact.ipynb #96b25643
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
 
 import gymnasium as gym
 import numpy as np
 from matplotlib.figure import Figure
 
-from .agent import TaskAgent, response_text
+from .agent import Candidates, TaskAgent, response_text
+from .chat import window
+from .engine import Sample
 from .env import tabular_model
-from .task import Task, basic_strategy, get_task
+from .task import TabularPolicy, Task, basic_strategy, get_task
 
 # %% ../nbs/13_exact.ipynb #41a4db02
 CARDS = {card: 4 / 13 if card == 10 else 1 / 13 for card in range(1, 11)}  # probability of each card
@@ -174,6 +178,19 @@ def by_state(
     return lambda histories: [policy(history[-1]) for history in histories]
 
 # %% ../nbs/13_exact.ipynb #443c78c6
+def _greedily(
+    agent: TaskAgent,
+    prompts: Sequence[list[int]],               # ids
+    candidates: Sequence[Candidates | None],    # what may be said to each; `None`: anything
+    shown: Sequence[tuple[Any, dict]],          # the observation and info of each
+    space: gym.Space,                           # of actions
+) -> Iterator[tuple[Sample, Any]]: # the likeliest words, and the action they are played as
+    "Answers to prompts"
+    samples = agent.engine.sample(prompts, [None] * len(prompts), greedy=True, candidates=[c and c.ids for c in candidates])
+    for (observation, info), sample in zip(shown, samples):
+        reading = agent.words.read(response_text(agent.tokenizer, sample), space)
+        yield sample, reading.action if reading.valid else agent.words.fallback_action(observation, info, space)
+
 def greedy_choices(
     agent: TaskAgent,     # that speaks of Blackjack
     batch_size: int = 512, # conversations answered at once
@@ -185,14 +202,12 @@ def greedy_choices(
     def choose_some(histories: list[History]) -> list[int]:
         asked = [conversations[h[:-1]].fork() for h in histories]
         prompts = [c.add_user(task.describe(h[-1], {})) for c, h in zip(asked, histories)]
-        candidates = [agent.candidates(h[-1]) for h in histories]
-        samples = agent.engine.sample(prompts, [None] * len(prompts), greedy=True, candidates=[c and c.ids for c in candidates])
         actions = []
-        for history, conversation, sample in zip(histories, asked, samples):
+        answers = _greedily(agent, prompts, [agent.candidates(h[-1]) for h in histories], [(h[-1], {}) for h in histories], space)
+        for history, conversation, (sample, action) in zip(histories, asked, answers):
             conversation.add_response(sample.ids, sample.stopped)
             conversations[history] = conversation
-            reading = task.read(response_text(agent.tokenizer, sample), space)
-            actions.append(reading.action if reading.valid else task.fallback_action(history[-1], {}, space))
+            actions.append(action)
         return actions
 
     def choose(histories: list[History]) -> list[int]:
@@ -273,3 +288,29 @@ def random_value(
 ) -> float:
     "Expected (undiscounted) return of uniformly random actions within the time limit"
     return _finite_horizon(env, horizon, lambda scores: scores.mean(-1))
+
+# %% ../nbs/13_exact.ipynb #5b63f07f
+def policy_value(
+    env: Task | str | Callable[[], gym.Env] | gym.Env,     # a tabular environment, or its task
+    policy: Callable[[int], int],   # state -> action, such as a `TabularPolicy`
+    horizon: int | None = None,     # steps an episode may take; None: the environment's time limit
+) -> float:
+    "Expected (undiscounted) return of a policy that looks at the state alone, within the time limit"
+    return _finite_horizon(env, horizon, lambda scores: scores[np.arange(len(scores)), [policy(s) for s in range(len(scores))]])
+
+
+def greedy_table(
+    agent: TaskAgent,       # of a task whose observations are states, with `context=window(1)`
+    batch_size: int = 512,  # states asked at once
+) -> TabularPolicy:
+    "What an agent does in each state when it takes its likeliest words. Raises `ValueError` where it sees more than the newest turn"
+    task, env, context = agent.words, agent.words.make(), agent.conversation().context
+    if context != window(1): raise ValueError(f"the agent's context is {context!r}: what it does in a state may depend on earlier ones. Expected window(1)")
+    mask = getattr(env.unwrapped, "action_mask", None)
+    shown = [SimpleNamespace(obs=s, info={} if mask is None else {"action_mask": mask(s)}, env=env) for s in range(int(env.observation_space.n))]
+    actions = []
+    for some in (shown[i:i + batch_size] for i in range(0, len(shown), batch_size)):
+        prompts = [agent.conversation().add_user(task.describe(state.obs, state.info)) for state in some]
+        answers = _greedily(agent, prompts, [agent.candidates_in(state) for state in some], [(state.obs, state.info) for state in some], env.action_space)
+        actions += [action for _, action in answers]
+    return TabularPolicy(np.array(actions))

@@ -1,15 +1,23 @@
 "Exact returns against independent computations and against simulation."
+import dataclasses
 import functools
 
 import gymnasium as gym
 import numpy as np
 import pytest
+from doubles import make_policy
 
+from llamagym.agent import Agent
+from llamagym.chat import window
+from llamagym.config import Config
 from llamagym.env import tabular_model
 from llamagym.exact import (
-    CARDS, after_hit, blackjack_return, blackjack_tree, by_state, dealer_outcomes, first_observations, hand_total, optimal_value, plot_policy,
-    random_value, stick_return)
-from llamagym.task import blackjack, basic_strategy, cliff_walking, frozen_lake, get_task, optimal_policy, taxi
+    CARDS, after_hit, blackjack_return, blackjack_tree, by_state, dealer_outcomes, first_observations, greedy_table, hand_total,
+    optimal_value, plot_policy, policy_value, random_value, stick_return)
+from llamagym.rollout import collect
+from llamagym.scored import ScoredAgent
+from llamagym.task import (
+    ScriptedAgent, TabularPolicy, basic_strategy, blackjack, cliff_walking, frozen_lake, get_task, masked_actions, optimal_policy, play, taxi)
 
 RULES = {"plain": {}, "sab": dict(sab=True), "natural": dict(natural=True), "both": dict(sab=True, natural=True)}
 KNOWN = {"always stick": lambda obs: 0, "hit below 17": lambda obs: int(obs[0] < 17), "optimal": basic_strategy}
@@ -175,3 +183,26 @@ def test_optimal_value_against_play():
     values = np.zeros(500)
     for _ in range(200): values = model.backup(values)[np.arange(500), teacher.actions]
     assert model.start @ values == pytest.approx(optimal_value(taxi())) == pytest.approx(7.93)
+
+
+@pytest.mark.parametrize("task", [frozen_lake(), cliff_walking(), taxi()], ids=["lake", "cliff", "taxi"])
+def test_policy_value(task):
+    "The value of a policy's own choices is what they earn when played; no policy has more than the optimal one"
+    teacher = optimal_policy(task)
+    assert policy_value(task, teacher) == pytest.approx(optimal_value(task), abs=0.01) and policy_value(task, teacher) <= optimal_value(task) + 1e-9
+    rng = np.random.default_rng(0)
+    clumsy = TabularPolicy(np.where(rng.random(len(teacher.actions)) < 0.1, rng.integers(0, 4, len(teacher.actions)), teacher.actions))
+    returns = [e.total_reward for e in play(task, ScriptedAgent(task, clumsy), episodes=300, seed=1)]
+    assert policy_value(task, clumsy) == pytest.approx(np.mean(returns), abs=4 * np.std(returns) / np.sqrt(300) + 1e-9)
+
+
+@pytest.mark.parametrize("kind", [Agent, ScoredAgent])
+def test_greedy_table_is_what_the_agent_plays(kind):
+    "In each state that it comes into: taxis with their mask, whose replies are chosen or free"
+    task = dataclasses.replace(taxi(), context=window(1), legal_actions=masked_actions)
+    agent = kind.for_task(task, make_policy("lora"), config=Config.from_dict({"generate.max_new_tokens": 4}))
+    table, seen = greedy_table(agent, batch_size=100), {task.describe(s, {}): s for s in range(500)}
+    for episode in collect(agent, episodes=4, num_envs=4, seed=0, greedy=True):
+        assert [turn.action for turn in episode.turns] == [table(seen[turn.observation]) for turn in episode.turns]
+    with pytest.raises(ValueError, match=r"context is 'full'.*Expected window\(1\)"):
+        greedy_table(kind.for_task(taxi(), agent.policy))
