@@ -30,7 +30,7 @@ class BuildWithTutorials(build_py):
             return
         target = Path(self.build_lib) / package / "tutorials"
         target.mkdir(parents=True, exist_ok=True)
-        for kind in ("*.ipynb", "*.png"):
+        for kind in ("*.ipynb", "*.jsonl"):
             for file in sorted((ROOT / "nbs" / "tutorials").glob(kind)):
                 shutil.copy2(file, target)
 

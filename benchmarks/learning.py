@@ -16,6 +16,7 @@ a state of ten tokens drowned in a prompt of fifty (hidden states of different c
 import argparse
 import dataclasses
 import functools
+import json
 import math
 import os
 import statistics
@@ -192,6 +193,15 @@ def job_of(row: dict) -> tuple:
     return row["env"], row["seed"], row["scale"]
 
 
+def thinned(row: dict, points: int = 70) -> dict:
+    """A row whose curve has fewer points, each the mean of those that it stands for"""
+    size = math.ceil(len(row["returns"]) / points)
+    parts = [range(i, min(i + size, len(row["returns"]))) for i in range(0, len(row["returns"]), size)]
+    counts = [sum(row["counts"][i] for i in part) for part in parts]
+    returns = [sum(row["returns"][i] * row["counts"][i] for i in part) / n for part, n in zip(parts, counts)]
+    return row | dict(score=round(row["score"], 4), seconds=round(row["seconds"]), returns=[float(f"{r:.4g}") for r in returns], counts=counts)
+
+
 def say(row: dict) -> str:
     """A row in words"""
     return f"{row['env']:14} {row['learner']:17} seed {row['seed']}: return {row['score']:.3f} after {row['episodes']} episodes, {row['seconds']:.0f} s"
@@ -249,12 +259,16 @@ def main() -> int:
     parser.add_argument("--scale", type=float, default=1.0, help="share of the updates to make (default: %(default)s)")
     parser.add_argument("--processes", type=int, default=2, help="runs side by side (default: %(default)s)")
     parser.add_argument("--output", type=Path, default=Path("runs/learning"), help="folder of rows, figure and runs (default: %(default)s)")
+    parser.add_argument("--keep", type=Path, help="a file to write the rows to, with fewer points: nbs/tutorials/03_learning.jsonl is read by a tutorial")
     args = parser.parse_args()
     names = args.env.split(",")
     if unknown := [name for name in names if name not in problems()]:
         parser.error(f"unknown environments {', '.join(unknown)}: expected some of {', '.join(problems())}")
     jobs = [(name, seed, args.scale) for name in names for seed in range(args.seeds)]
     rows = run(args.output / "results.jsonl", jobs, functools.partial(both, args.output), job_of, say, args.processes)
+    if args.keep:
+        kept = sorted(rows, key=lambda row: (row["env"], row["learner"], row["seed"]))
+        args.keep.write_text("".join(json.dumps(thinned(row)) + "\n" for row in kept), encoding="utf-8")
     figure(rows).savefig(args.output / "learning.png", dpi=120)
     print(f"\n{table(rows)}\n\ncurves: {args.output / 'learning.png'}")
     return 0

@@ -303,12 +303,6 @@ def notebook_paths(notebooks: Path) -> list[Path]:
     return [p for p in paths if not any(part[0] in "._" or part == "runs" for part in p.parts)]
 
 
-def pictures(notebooks: Path) -> list[Path]:
-    "Images that notebooks show, relative to their folder"
-    shown = re.compile(r"!\[[^]]*\]\(([\w.-]+\.png)\)")
-    return sorted({path.parent / name for path in notebook_paths(notebooks) for name in shown.findall((notebooks / path).read_text(encoding="utf-8"))})
-
-
 def page_name(notebook: Path) -> str:
     "The name of a notebook's page: its path in nbs/ without the ordering number"
     return notebook.with_name(re.sub(r"^\d+[a-z]?_", "", notebook.stem)).as_posix()
@@ -457,8 +451,6 @@ class Pages:
             target = folder / f"{page}.ipynb"
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_text(json.dumps(book), encoding="utf-8")
-        for picture in pictures(self.notebooks):
-            shutil.copy2(self.notebooks / picture, folder / picture)
 
     def contents(self) -> str:
         "The table of contents, in the notebooks' order"
@@ -554,7 +546,7 @@ def fingerprint(notebooks: Path = ROOT / "nbs", package: Path = ROOT / PACKAGE) 
     "A digest of everything a site is made from"
     digest = hashlib.sha256()
     own = [ROOT / "CHANGELOG.md", ROOT / "settings.ini", *(ROOT / "scripts").rglob("*.*")]
-    for path in sorted([*(notebooks / p for p in (*notebook_paths(notebooks), *pictures(notebooks))), *package.glob("*.py"), *own]):
+    for path in sorted([*(notebooks / p for p in notebook_paths(notebooks)), *package.glob("*.py"), *own]):
         if "__pycache__" not in path.parts:
             digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()

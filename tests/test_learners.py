@@ -11,6 +11,7 @@ from llamagym.batch import Batch
 from llamagym.credit import bilevel_gae, standardized, token_gae
 from llamagym.groups import differing, groups_of
 from llamagym.passes import learner_logprobs
+from llamagym.policy import ValueHead
 from llamagym.ppo import PPO
 from llamagym.rollout import collect
 from llamagym.trainer import load_learner, save_learner
@@ -188,3 +189,18 @@ def test_an_update_that_fails_leaves_the_unit_of_returns():
     assert all(torch.equal(v, before[k]) for k, v in head.state_dict().items()) and head.scale == 1
     agent.learner.learn(episodes)
     assert head.scale != 1 and head.known == 1
+
+
+def test_unit_of_returns_is_a_running_mean_and_deviation():
+    head, hidden, rng = ValueHead(8, 4), torch.randn(5, 8), np.random.default_rng(0)
+    mean = square = None
+    for i, size in enumerate((300.0, 20.0, 0.0, 1.0)):
+        returns = torch.tensor(rng.normal(-size, size, 50), dtype=torch.float32)
+        before = head(hidden).detach()
+        head.rescale(returns)
+        if size:  # returns that are all the same say nothing
+            a, b = returns.double().mean().item(), returns.double().square().mean().item()
+            mean, square = (a, b) if mean is None else (0.8 * mean + 0.2 * a, 0.8 * square + 0.2 * b)
+        assert head.center.item() == pytest.approx(mean, rel=1e-5) and head.scale.item() == pytest.approx((square - mean**2) ** 0.5, rel=1e-4)
+        assert head(hidden).detach() == pytest.approx(before if i else torch.full((5,), mean), rel=1e-4)
+        shake(head.parameters(), 0.5, seed=i)
