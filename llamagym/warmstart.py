@@ -126,7 +126,7 @@ def _trainer_class():
             nll = torch.nn.functional.cross_entropy(self.policy.logits(tokens), inputs["token_ids"])
             value = 0.5 * (self.policy.value_head(states) - inputs["returns"]).square().mean()
             self.losses.append((nll.item(), value.item()))
-            loss = nll + self.critic_coef * value / self.policy.value_head.scale.clamp(min=1)**2    # large returns must not drown the words
+            loss = nll + self.critic_coef * value / self.policy.value_head.scale**2
             return (loss, {}) if return_outputs else loss
 
     return CloneTrainer
