@@ -382,7 +382,6 @@ def read_policy(
 ) -> Policy:
     "Load a saved policy"
     path, meta = Path(path), read_meta(path)
-
     adapter, frozen = meta["adapter"], None
     if adapter is None:
         load = lambda folder: load_base(str(path/folder), dtype=meta["dtype"], device=device)[0]
