@@ -6,8 +6,8 @@
 A score is 0 for random play and 1 for the optimum, `llamagym.probes` says what each probe asks. Shown is the median over the seeds, its
 range where there are several, and the episodes that were learned from. `own_reward` credits each turn with its own reward alone.
 "cannot" is written where an algorithm fails by construction: who has no critic takes a time limit for the end (`leave`), as does who credits
-a turn with its own reward, who knows nothing of a later one either (`delayed`); and `ppo_token` discounts from token to token, so that
-what is far costs less, and `leave` should be stayed in. Rows are appended to the output file as they finish; what it holds is not run again.
+a turn with its own reward, who knows nothing of a later one either (`delayed`). Rows are appended to the output file as they finish; what it
+holds is not run again.
 """
 
 import argparse
@@ -32,7 +32,7 @@ def cannot(algorithm: str, probe: str) -> bool:
     """Whether an algorithm fails by construction"""
     if algorithm == "own_reward":
         return probe in ("delayed", "leave")
-    return probe == "leave" and (algorithm == "ppo_token" or not as_algorithm(algorithm).needs_critic)
+    return probe == "leave" and not as_algorithm(algorithm).needs_critic
 
 
 def attempt(probe: str, algorithm: str, seed: int, updates: int) -> list[dict]:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WAYS', 'WAYS_OR_STAY', 'COLORS', 'STAY', 'LEAVE_GAMMA', 'PROBES', 'SOLVED', 'ProbeEnv', 'BanditEnv', 'MatchEnv',
-           'FormatEnv', 'DelayedEnv', 'LeaveEnv', 'CopyEnv', 'Careless', 'mean_return', 'leaving_value', 'Probe',
+           'FormatEnv', 'LeaveEnv', 'DelayedEnv', 'CopyEnv', 'Careless', 'mean_return', 'leaving_value', 'Probe',
            'Attempt', 'probe_agent', 'solve', 'own_reward', 'plot_attempts']
 
 # %% ../nbs/13_probes.ipynb #d97c3adc
@@ -72,16 +72,17 @@ class FormatEnv(ProbeEnv):
     "Nothing pays"
     def paid(self): return 0.0
 
+class LeaveEnv(ProbeEnv):
+    "Staying costs 0.4 a turn and leaving 0.8, once; a time limit of one turn ends what could go on forever"
+    actions = 2
+    def paid(self): return -0.8 if self.taken[-1] else -0.4
+    def over(self): return self.taken[-1] == 1, self.taken[-1] == 0
+
 class DelayedEnv(ProbeEnv):
     "The second turn, in which nothing can be done but stay, pays for the first action"
     actions, turns = 5, 2
     def paid(self): return float(len(self.taken) == 2 and self.taken[0] == 2)
 
-class LeaveEnv(ProbeEnv):
-    "Staying costs 0.2 a turn and leaving 0.8, once; after two turns a time limit ends what could go on forever"
-    actions, turns = 2, 2
-    def paid(self): return -0.8 if self.taken[-1] else -0.2
-    def over(self): return bool(self.taken[-1]), not self.taken[-1] and len(self.taken) == self.turns
 
 class CopyEnv(ProbeEnv):
     "One of two colors is named in the first turn, and asked for in the last; in between, nothing can be done but stay"
@@ -125,7 +126,7 @@ def leaving_value(
     p: float, # probability of leaving, in each turn
 ) -> float:
     "Expected discounted return of `leave` without a time limit"
-    return -(0.8 * p + 0.2 * (1 - p)) / (1 - LEAVE_GAMMA * (1 - p))
+    return -(0.8 * p + 0.4 * (1 - p)) / (1 - LEAVE_GAMMA * (1 - p))
 
 def _leaving(episodes: Sequence[Episode]) -> float:
     "What a policy that leaves as often as in these episodes is worth"
@@ -155,9 +156,9 @@ PROBES = {probe.task.name: probe for probe in (
     Probe(_task(BanditEnv, _choose, WAYS), 1.0, 0.25, "choose what pays"),
     Probe(_task(MatchEnv, _match, WAYS), 1.0, 0.25, "read the observation", {"ppo.learning_rate": 3e-4, "rollout.episodes": 256, "ppo.mini_batch_size": 128}),
     Probe(_task(FormatEnv, _choose, WAYS, format_reward=_well_formed), 1.0, 0.5, "keep to the format", player=Careless),
-    Probe(_task(DelayedEnv, _step, WAYS_OR_STAY, legal_actions=partial(_free_in, 0, 4)), 1.0, 0.25, "credit an earlier turn", scored=True),
     Probe(_task(LeaveEnv, _choose, STAY, context=window(1)), -0.8, leaving_value(0.5), "look beyond a time limit",
           {"credit.gamma": LEAVE_GAMMA}, value=_leaving),
+    Probe(_task(DelayedEnv, _step, WAYS_OR_STAY, legal_actions=partial(_free_in, 0, 4)), 1.0, 0.25, "credit an earlier turn", scored=True),
     Probe(_task(CopyEnv, _copy, COLORS, legal_actions=partial(_free_in, CopyEnv.turns - 1, 2)), 1.0, 0.5, "remember ten turns",
           {"ppo.learning_rate": 1e-4, "rollout.episodes": 256, "ppo.mini_batch_size": 352}, scored=True),
 )}

@@ -59,18 +59,18 @@ def test_probe_returns_by_brute_force(name):
 
 
 def test_probe_leave_by_value_iteration():
-    """The unlimited problem is what counts, and what a learner that bootstraps sees; the two turns alone would say the opposite"""
+    """The unlimited problem is what counts, and what a learner that bootstraps sees; the one turn that is played says the opposite"""
     probe, value = PROBES["leave"], 0.0
     for _ in range(500):
-        value = max(-0.8, -0.2 + LEAVE_GAMMA * value)
+        value = max(-0.8, -0.4 + LEAVE_GAMMA * value)
     assert probe.optimal == pytest.approx(value)
     for p in (0.0, 0.3, 0.5, 1.0):
         v = 0.0
         for _ in range(500):
-            v = p * -0.8 + (1 - p) * (-0.2 + LEAVE_GAMMA * v)
+            v = p * -0.8 + (1 - p) * (-0.4 + LEAVE_GAMMA * v)
         assert leaving_value(p) == pytest.approx(v)
     assert probe.random == leaving_value(0.5)
-    assert max(-0.8, -0.2 + LEAVE_GAMMA * max(-0.8, -0.2)) == pytest.approx(-0.38)
+    assert [sorted(r for _, r in all_returns(probe, seed)) for seed in seeds_of(probe)] == [[-0.8, -0.4]]
 
 
 @pytest.mark.parametrize("name", PROBES)
