@@ -11,6 +11,9 @@ figure shows the curves.
 The tasks are the package's own, with two things said: a context of one turn, since the states of these environments are their newest
 observations, and no system prompt. A system prompt is the same in all states; a model of random weights, whose attention is still even, sees
 a state of ten tokens drowned in a prompt of fifty (hidden states of different cells have a cosine of 0.99 with it, and 0.8 without).
+For the same reason FrozenLake's warm start is slow: who imitates random play, in which states don't matter, learns not to look at them. After
+ten steps at a rate of 2e-3, the gradients of two cells (of the log-probability of one move over another) had a cosine of 0.99, after eighty at
+2e-4 of 0.92; before any they have 0.7.
 """
 
 import argparse
@@ -98,12 +101,13 @@ class Problem:
 def problems() -> dict[str, Problem]:
     """All of them, by name"""
     few = {"context": window(1), "system_prompt": None}
-    ice = {"rollout.episodes": 128, "ppo.mini_batch_size": 256, "ppo.learning_rate": 2e-4, "ppo.epochs": 6, "ppo.target_kl": 0.05}
+    ice = {"rollout.episodes": 128, "ppo.mini_batch_size": 256, "ppo.learning_rate": 2e-4, "ppo.critic_learning_rate": 5e-3, "ppo.epochs": 6,
+           "ppo.target_kl": 0.05, "credit.gae_lambda": 0.8, "warmstart.learning_rate": 2e-4, "warmstart.epochs": 8}
     cab = {"rollout.episodes": 48, "rollout.num_envs": 48, "ppo.learning_rate": 3e-4}
     cards = {"rollout.episodes": 1024, "rollout.num_envs": 256, "ppo.learning_rate": 1e-3, "ppo.critic_learning_rate": 1e-2, "ppo.epochs": 2,
              "ppo.mini_batch_size": 384, "model.critic": "reference", "model.value_hidden": 0, "warmstart.epochs": 2, "warmstart.batch_size": 64}
     return {
-        "frozenlake": Problem(dataclasses.replace(frozen_lake(slippery=True), **few), "FrozenLake-v1", 0.65, 100, (0.1, 0.001),
+        "frozenlake": Problem(dataclasses.replace(frozen_lake(slippery=True), **few), "FrozenLake-v1", 0.65, 75, (0.1, 0.001),
                               gym_options={"is_slippery": True}, options=ice),
         "frozenlake_dry": Problem(dataclasses.replace(frozen_lake(slippery=False), **few), "FrozenLake-v1", 0.95, 40, (0.1, 0.01),
                                   gym_options={"is_slippery": False}, options=ice),
