@@ -107,7 +107,7 @@ def problems() -> dict[str, Problem]:
     cards = {"rollout.episodes": 1024, "rollout.num_envs": 256, "ppo.learning_rate": 1e-3, "ppo.critic_learning_rate": 1e-2, "ppo.epochs": 2,
              "ppo.mini_batch_size": 384, "model.critic": "reference", "model.value_hidden": 0, "warmstart.epochs": 2, "warmstart.batch_size": 64}
     return {
-        "frozenlake": Problem(dataclasses.replace(frozen_lake(slippery=True), **few), "FrozenLake-v1", 0.65, 75, (0.1, 0.001),
+        "frozenlake": Problem(dataclasses.replace(frozen_lake(slippery=True), **few), "FrozenLake-v1", 0.65, 90, (0.1, 0.02),
                               gym_options={"is_slippery": True}, options=ice),
         "frozenlake_dry": Problem(dataclasses.replace(frozen_lake(slippery=False), **few), "FrozenLake-v1", 0.95, 40, (0.1, 0.01),
                                   gym_options={"is_slippery": False}, options=ice),
