@@ -7,6 +7,7 @@ import pytest
 import torch
 from doubles import lake_agent, make_policy, shake
 
+import llamagym.ppo as ppo
 from llamagym.batch import Batch
 from llamagym.credit import bilevel_gae, standardized, token_gae
 from llamagym.groups import differing, groups_of
@@ -204,3 +205,39 @@ def test_unit_of_returns_is_a_running_mean_and_deviation():
         assert head.center.item() == pytest.approx(mean, rel=1e-5) and head.scale.item() == pytest.approx((square - mean**2) ** 0.5, rel=1e-4)
         assert head(hidden).detach() == pytest.approx(before if i else torch.full((5,), mean), rel=1e-4)
         shake(head.parameters(), 0.5, seed=i)
+
+
+def test_memory_that_runs_out_changes_no_update(monkeypatch):
+    """Steps begun again with smaller micro-batches are those that were small from the start, statistics included"""
+    results, real = [], ppo.loss_terms
+    for budget, limit in ((256, 10**9), (8192, 150)):
+        agent = agent_of(ppo__token_budget=budget, ppo__epochs=2, ppo__mini_batch_size=6)
+        episodes = played(agent, 6)
+
+        def scarce(policy, micro, *args, limit=limit):
+            if sum(map(len, micro.rows)) > limit and micro.num_rows > 1:
+                raise torch.OutOfMemoryError("no room")
+            return real(policy, micro, *args)
+
+        monkeypatch.setattr(ppo, "loss_terms", scarce)
+        stats = agent.learner.learn(episodes)
+        stats.pop("tokens_per_second")
+        results.append((stats, [p.detach().clone() for p in agent.policy.parameters()], agent.learner.budget.tokens))
+    (stats, weights, _), (again, theirs, tokens) = results
+    assert tokens < 8192
+    assert again == pytest.approx(stats, rel=1e-3, abs=1e-5)
+    for a, b in zip(weights, theirs):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+
+
+def test_memory_for_not_even_a_row_leaves_all_as_it_was(monkeypatch):
+    agent = agent_of()
+    episodes, before = played(agent), [p.detach().clone() for p in agent.policy.parameters()]
+
+    def none(*args):
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(ppo, "loss_terms", none)
+    with pytest.raises(ppo.OutOfMemory, match="not even one row at a time fits into memory"):
+        agent.learner.learn(episodes)
+    assert all(torch.equal(a, b) for a, b in zip(before, agent.policy.parameters()))
