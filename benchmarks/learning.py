@@ -88,14 +88,14 @@ class Problem:
         env = gym.make(self.gym_id, max_episode_steps=self.max_steps, **self.gym_options)
         return FlattenObservation(env) if isinstance(env.observation_space, gym.spaces.Tuple) else env
 
-    def agent(self, seed: int, **options) -> Agent:
-        """The tiny model, after it has imitated random play"""
+    def imitator(self, seed: int, **options) -> tuple[Agent, dict]:
+        """The tiny model, after it has imitated random play, and how well it did"""
         config = Config.from_dict(COMMON | self.options | {"trainer.seed": seed} | options)
-        policy = Policy.load("tiny", lora=self.lora, device="cpu", critic=config.model.critic, value_hidden=config.model.value_hidden, seed=seed)
+        model = config.model
+        policy = Policy.load("tiny", model.quantize, self.lora, device="cpu", critic=model.critic, value_hidden=model.value_hidden, seed=seed)
         agent = (ScoredAgent if self.scored else Agent).for_task(self.task, policy, config=config)
         free = dataclasses.replace(self.task, legal_actions=None)  # what is seldom legal would be seldom seen, and hardly ever chosen where it is
-        clone(agent, play(free, RandomAgent(free, seed=seed), episodes=self.warmup, seed=1000 + seed), progress=False)
-        return agent
+        return agent, clone(agent, play(free, RandomAgent(free, seed=seed), episodes=self.warmup, seed=1000 + seed), progress=False)
 
 
 def problems() -> dict[str, Problem]:
@@ -146,7 +146,7 @@ def learn(name: str, seed: int, scale: float, folder: Path) -> dict:
     warnings.simplefilter("ignore")
     problem, began = problems()[name], time.perf_counter()
     updates = max(2, round(problem.updates * scale))
-    agent = problem.agent(seed, **{"trainer.updates": updates, "trainer.output_dir": str(folder / f"{name}-{seed}")})
+    agent, _ = problem.imitator(seed, **{"trainer.updates": updates, "trainer.output_dir": str(folder / f"{name}-{seed}")})
     falling = {} if problem.learning_rate is None else {"learning_rate": problem.learning_rate}
     history = Trainer(agent, callbacks=[Anneal(kl_coef=problem.kl_coef, **falling)]).fit().history
     counts, returns = [agent.config.rollout.episodes] * len(history), [m["mean_return"] for m in history]
