@@ -3,10 +3,9 @@
     pip install stable-baselines3==2.9.2       # the baseline; without it, its rows are left out
     python benchmarks/learning.py --env frozenlake,cliffwalking,taxi,blackjack --seeds 3
 
-Each row is one seed of one learner: the greedy policy's return (exact; of the baseline, the mean of 500 episodes), and after how many training
-episodes the return of the last 500 had come 90 % of the way from random play to the optimum. The baseline, an MLP with its default settings,
-plays as many environment steps as the agent did. Rows are appended to the output folder as they finish; what is there is not run again. A
-figure shows the curves.
+Each row is one seed of one learner: the greedy policy's return, exact, and after how many training episodes the return of the last 500 had come
+90 % of the way from random play to the optimum. The baseline, an MLP with its default settings, plays as many environment steps as the agent did.
+Rows are appended to the output folder as they finish; what is there is not run again. A figure shows the curves.
 
 The tasks are the package's own, with two things said: a context of one turn, since the states of these environments are their newest
 observations, and no system prompt. A system prompt is the same in all states; a model of random weights, whose attention is still even, sees
@@ -26,6 +25,7 @@ import statistics
 import sys
 import time
 import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -132,13 +132,22 @@ def reached(returns: list[float], counts: list[int], level: float) -> int | None
     return None
 
 
-def judge(name: str, agent: Agent) -> float:
-    """The greedy policy's expected return, exactly: it is asked in each state, and the tables of the environment say what follows"""
+def value_of(name: str, choose: Callable[[list], Sequence[int]]) -> float:
+    """A policy's expected return, exactly: it is asked in all states at once, and the tables of the environment say what follows"""
     if name != "blackjack":
-        return policy_value(agent.words, greedy_table(agent))
+        task = problems()[name].task
+        return policy_value(task, list(map(int, choose(list(range(task.make().observation_space.n))))).__getitem__)
     states = [(total, dealer, ace) for total in range(4, 22) for dealer in range(1, 11) for ace in (0, 1)]
-    chosen = dict(zip(states, greedy_choices(agent)([(state,) for state in states])))
-    return blackjack_return(by_state(lambda observation: chosen[tuple(observation)]))
+    chosen = dict(zip(states, choose(states)))
+    return blackjack_return(by_state(lambda observation: int(chosen[tuple(observation)])))
+
+
+def judge(name: str, agent: Agent) -> float:
+    """The expected return of what an agent does greedily"""
+    if name == "blackjack":
+        return value_of(name, lambda states: greedy_choices(agent)([(state,) for state in states]))
+    table = greedy_table(agent)
+    return value_of(name, lambda states: [table(state) for state in states])
 
 
 def learn(name: str, seed: int, scale: float, folder: Path) -> dict:
@@ -161,7 +170,6 @@ def baseline(name: str, seed: int, scale: float, steps: int) -> dict | None:
     try:
         from stable_baselines3 import PPO
         from stable_baselines3.common.env_util import make_vec_env
-        from stable_baselines3.common.evaluation import evaluate_policy
     except ImportError:
         return None
     import torch
@@ -178,7 +186,9 @@ def baseline(name: str, seed: int, scale: float, steps: int) -> dict | None:
         return True
 
     model.learn(steps, callback=watch)
-    score, _ = evaluate_policy(model, make_vec_env(problem.env, n_envs=8, seed=1_000_000 + seed), 500, deterministic=True)
+    space = gym.make(problem.gym_id).observation_space
+    seen = (lambda states: np.array([gym.spaces.flatten(space, state) for state in states])) if name == "blackjack" else np.array
+    score = value_of(name, lambda states: model.predict(seen(states), deterministic=True)[0])
     parts = [found[i : i + 100] for i in range(0, len(found), 100)]
     returns, counts = [float(np.mean(part)) for part in parts], [len(part) for part in parts]
     return dict(env=name, learner="stable-baselines3", seed=seed, scale=scale, score=float(score), episodes=len(found), steps=steps,
@@ -273,7 +283,7 @@ def main() -> int:
     if args.keep:
         kept = sorted(rows, key=lambda row: (row["env"], row["learner"], row["seed"]))
         args.keep.write_text("".join(json.dumps(thinned(row)) + "\n" for row in kept), encoding="utf-8")
-    figure(rows).savefig(args.output / "learning.png", dpi=120)
+    figure([thinned(row) for row in rows]).savefig(args.output / "learning.png", dpi=120)
     print(f"\n{table(rows)}\n\ncurves: {args.output / 'learning.png'}")
     return 0
 
