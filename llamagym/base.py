@@ -95,6 +95,8 @@ def read_config(
     name: str, # hub name or folder of a checkpoint
 ) -> PretrainedConfig:
     "A checkpoint's configuration; of a hub name, only that one file is downloaded. Raises `ValueError` of what is no causal language model, `OSError` of what can't be read"
+    if (Path(name).is_absolute() or name.startswith(".")) and not Path(name).is_dir():
+        raise FileNotFoundError(f"{name} is not a folder; expected a checkpoint, a saved policy, a hub name or 'tiny'")
     try: config = AutoConfig.from_pretrained(name)
     except OSError as error:
         if not isinstance(error.__cause__, GatedRepoError): raise
@@ -112,8 +114,7 @@ def load_base(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     "The base model, in eval mode, and its tokenizer"
     if quantize not in (None, "nf4"): raise ValueError(f"quantize={quantize!r}: expected None or 'nf4'")
-    if Path(name).is_absolute() or name.startswith("."):
-        if not Path(name).is_dir(): raise FileNotFoundError(f"{name} is not a folder; expected a checkpoint, a saved policy, a hub name or 'tiny'")
+
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = as_dtype(dtype, device)
     with contextlib.ExitStack() as stack:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from doubles import lake_agent
+from transformers import AutoConfig
 
 from llamagym.config import Config, LoRAConfig
 from llamagym.engine import Engine
@@ -136,5 +137,33 @@ def test_memory_bad_plans(tmp_path):
         plan("tiny", "1GB", turns=0)
     with pytest.raises(TypeError, match="model is a int; expected a hub name, a folder"):
         plan(7, "1GB")
-    with pytest.raises(OSError, match=str(tmp_path)):
+    with pytest.raises(FileNotFoundError, match="nothing is not a folder; expected a checkpoint"):
         plan(tmp_path / "nothing", "1GB")
+    AutoConfig.for_model("t5").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="is an encoder-decoder .t5.: expected a decoder-only causal language model"):
+        plan(tmp_path, "1GB")
+
+
+@pytest.mark.parametrize("name, bound", [("qwen2.5-0.5b", 0.25), ("qwen2.5-7b", 0.2)])
+def test_qlora_base_weights_are_a_quarter_of_float32(name, bound):
+    """In 4 bits, embeddings in bfloat16, at shapes of real models"""
+    sizes = {"qwen2.5-0.5b": (896, 4864, 24, 14, 2, 151936, True), "qwen2.5-7b": (3584, 18944, 28, 28, 4, 152064, False)}[name]
+    names = "hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads vocab_size tie_word_embeddings".split()
+    config = AutoConfig.for_model("qwen2", **dict(zip(names, sizes)))
+    assert weight_bytes(skeleton(config, torch.bfloat16), "nf4") < bound * weight_bytes(skeleton(config, torch.float32), None)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_load_from_disk_takes_the_path_of_a_hub_name(family, tmp_path):
+    """A checkpoint written by transformers alone: loaded by name, in float32 and in 4 bits; padding needs no new embedding; a planner sees the same"""
+    model, tokenizer = tiny_model(family), tiny_tokenizer()
+    tokenizer.pad_token = None
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    for quantize in (None, "nf4"):
+        policy = Policy.load(tmp_path, quantize=quantize, lora=LoRAConfig(r=4), device="cpu")
+        assert policy.causal_lm.get_input_embeddings().num_embeddings == len(tokenizer) and policy.tokenizer.pad_token_id is not None
+        tied = policy.causal_lm.get_output_embeddings().weight is policy.causal_lm.get_input_embeddings().weight
+        assert tied == policy.causal_lm.config.tie_word_embeddings
+        found = plan(tmp_path, "8GB", model__quantize=quantize, model__dtype="float32", model__lora=LoRAConfig(r=4).to_dict())
+        assert part(found, "adapters") == 2 * sum(p.nbytes for p in policy.parameters())
