@@ -28,7 +28,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM, PretrainedCon
 from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from .base import as_dtype, read_config
+from .base import as_dtype, read_config, require_causal
 from .cache import grown, layer_masks
 from .config import Config, LoRAConfig
 from .engine import READ_TOKENS
@@ -98,7 +98,9 @@ def config_of(
     model: str | os.PathLike | PretrainedConfig, # a hub name, a folder, `"tiny"`, or the configuration itself
 ) -> PretrainedConfig: # a copy
     "A model's configuration"
-    if isinstance(model, PretrainedConfig): return copy.deepcopy(model)
+    if isinstance(model, PretrainedConfig):
+        require_causal(model, model.name_or_path or "the configuration")
+        return copy.deepcopy(model)
     if not isinstance(model, (str, os.PathLike)): raise TypeError(f"model is a {type(model).__name__}; expected a hub name, a folder, 'tiny' or a transformers configuration")
     name = str(model)
     if name == "tiny" or name.startswith("tiny:"): return tiny_config(name.partition(":")[2] or "llama")

@@ -209,13 +209,15 @@ class TokenBudget:
         work: Callable[[int], Any],              # is given the budget
         undo: Callable[[], None] = lambda: None, # what was begun when memory ran out
     ) -> Any: # what `work` returns
-        "Do work, and again with half the budget as long as memory runs out. Raises `OutOfMemory` when single rows don't fit"
+        "Do work, and again with half the budget as long as memory runs out. Raises `OutOfMemory` when single rows don't fit, with the budget as it was"
+        begun = self.tokens
         while True:
             try: return work(self.tokens)
             except torch.OutOfMemoryError as error: failed = str(error)     # its frames hold tensors, which are let go here
             undo()
             if torch.cuda.is_available(): torch.cuda.empty_cache()
             if self.tokens == 1:
+                self.tokens = begun
                 raise OutOfMemory(f"not even one row at a time fits into memory ({failed}). Set ppo.gradient_checkpointing=True or quantize the model, "
                                   "or let it see fewer turns (context.context). `llamagym plan` says what settings need")
             self.tokens //= 2
@@ -366,7 +368,7 @@ class PPO(PPOLoss):
             targets = [batch.token_returns, batch.token_values] if per_token else [batch.returns, batch.values][:1 + critic]
             check([batch.logprobs, batch.advantages, *targets], "before the first step")
             if c.importance_cap is not None:
-                logprobs = learner_logprobs(self.policy, batch, self.temperature, self.length_normalized, self.budget.tokens)
+                logprobs = self.budget.within(partial(learner_logprobs, self.policy, batch, self.temperature, self.length_normalized))
                 batch, log.gap = _corrected(batch, logprobs.cpu(), c.importance_cap)
             if critic and c.normalize_returns: self.policy.value_head.rescale((batch.token_returns if per_token else batch.returns).to(self.policy.device))
             for epoch, mini, count in self.steps(batch, log):

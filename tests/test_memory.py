@@ -2,10 +2,12 @@
 
 import warnings
 
+import httpx
 import numpy as np
 import pytest
 import torch
 from doubles import lake_agent
+from huggingface_hub.errors import GatedRepoError
 from transformers import AutoConfig
 
 from llamagym.config import Config, LoRAConfig
@@ -139,9 +141,22 @@ def test_memory_bad_plans(tmp_path):
         plan(7, "1GB")
     with pytest.raises(FileNotFoundError, match="nothing is not a folder; expected a checkpoint"):
         plan(tmp_path / "nothing", "1GB")
+    with pytest.raises(ValueError, match="the configuration is no language model that speaks .vit."):
+        plan(AutoConfig.for_model("vit"), "1GB")
     AutoConfig.for_model("t5").save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="is an encoder-decoder .t5.: expected a decoder-only causal language model"):
         plan(tmp_path, "1GB")
+
+
+def test_load_of_a_gated_model_says_how_to_get_in(monkeypatch):
+    def refused(name):
+        answer = httpx.Response(403, request=httpx.Request("GET", "https://example.org"))
+        raise OSError("You are trying to access a gated repo.") from GatedRepoError("403", response=answer)
+
+    monkeypatch.setattr(AutoConfig, "from_pretrained", refused)
+    for load in (lambda: Policy.load("somebody/gated"), lambda: plan("somebody/gated", "8GB")):
+        with pytest.raises(OSError, match="somebody/gated is a gated model: ask for access .* `hf auth login`"):
+            load()
 
 
 @pytest.mark.parametrize("name, bound", [("qwen2.5-0.5b", 0.25), ("qwen2.5-7b", 0.2)])
