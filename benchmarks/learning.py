@@ -12,7 +12,7 @@ observations, and no system prompt. A system prompt is the same in all states; a
 a state of ten tokens drowned in a prompt of fifty (hidden states of different cells have a cosine of 0.99 with it, and 0.8 without).
 For the same reason FrozenLake's warm start is slow: who imitates random play, in which states don't matter, learns not to look at them. After
 ten steps at a rate of 2e-3, the gradients of two cells (of the log-probability of one move over another) had a cosine of 0.99, after eighty at
-2e-4 of 0.92; before any they have 0.7.
+2e-4 of 0.91; before any they have 0.7.
 """
 
 import argparse

@@ -75,7 +75,7 @@ class SlotCache(Cache):
         length: int, # positions that each has to have
     ) -> None:
         "Make the table large enough, see `grown`"
-        self.capacity = max(self.capacity, grown(length))
+        if length > self.capacity: self.capacity = grown(length)
         self.num_rows = max(self.num_rows, rows)
 
     def place(self,

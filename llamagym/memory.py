@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['OVERHEAD', 'PHASES', 'as_bytes', 'show_bytes', 'card_bytes', 'LiveBytes', 'config_of', 'skeleton', 'nf4_bytes',
-           'weight_bytes', 'PassBytes', 'Passes', 'logits_bytes', 'cache_bytes', 'Part', 'Plan', 'advice', 'plot_plan',
-           'plan']
+           'weight_bytes', 'PassBytes', 'pass_bytes', 'Passes', 'logits_bytes', 'cache_bytes', 'Part', 'Plan', 'advice',
+           'plot_plan', 'plan']
 
 # %% ../nbs/13_memory.ipynb #aebf09eb
 import copy
@@ -167,6 +167,25 @@ class PassBytes:
     kept: float     # bytes when it has gone forward, what the backward pass needs included
     peak: float     # bytes at most
 
+# %% ../nbs/13_memory.ipynb #3edfd69f
+def pass_bytes(
+    policy: Policy,         # on the meta device
+    rows: int,              # that go through it together
+    length: int,            # tokens of each
+    gradient: bool,         # with a backward pass
+    checkpointing: bool,    # which computes the inside of layers again
+) -> PassBytes:
+    "What a pass through a policy's trunk takes: it is made, without numbers"
+    ids, model = torch.zeros(rows, length, dtype=torch.long, device="meta"), policy.causal_lm
+    for p in policy.parameters(): p.grad = torch.empty_like(p)      # counted elsewhere
+    seen = torch.ones(1, length, length, dtype=torch.bool, device="meta")
+    masks = layer_masks(model.config.get_text_config(), seen, seen.long(), model.dtype)     # nobody can look at these; a model's own would be looked at
+    with gradient_checkpointing(policy, checkpointing), torch.set_grad_enabled(gradient), LiveBytes() as live:
+        hidden = policy.trunk(ids, position_ids=torch.arange(length, device="meta")[None], attention_mask=masks)
+        kept = live.now
+        if gradient: hidden.backward(torch.empty_like(hidden))
+    return PassBytes(kept, live.peak)
+
 # %% ../nbs/13_memory.ipynb #a1516628
 class Passes:
     "What passes through a model take, by its configuration alone"
@@ -188,24 +207,6 @@ class Passes:
         model = skeleton(self.config, self.dtype, layers)
         return Policy(model.requires_grad_() if self.lora is None else add_lora(model, self.lora), tiny_tokenizer())
 
-    def once(self,
-        layers: int,            # of the model
-        rows: int,              # that go through it together
-        length: int,            # tokens of each
-        gradient: bool,         # with a backward pass
-        checkpointing: bool,    # which computes the inside of layers again
-    ) -> PassBytes:
-        "What a pass through some of the layers takes: it is made, on the meta device"
-        policy, ids = self.policy(layers), torch.zeros(rows, length, dtype=torch.long, device="meta")
-        for p in policy.parameters(): p.grad = torch.empty_like(p)      # counted elsewhere
-        seen = torch.ones(1, length, length, dtype=torch.bool, device="meta")
-        masks = layer_masks(policy.causal_lm.config.get_text_config(), seen, seen.long(), self.dtype)     # nobody can look at these; a model's own would be looked at
-        with gradient_checkpointing(policy, checkpointing), torch.set_grad_enabled(gradient), LiveBytes() as live:
-            hidden = policy.trunk(ids, position_ids=torch.arange(length, device="meta")[None], attention_mask=masks)
-            kept = live.now
-            if gradient: hidden.backward(torch.empty_like(hidden))
-        return PassBytes(kept, live.peak)
-
     def __call__(self,
         rows: int,              # that go through it together
         length: int,            # tokens of each, padding included
@@ -215,14 +216,14 @@ class Passes:
         "What a pass through all layers takes"
         key = rows, length, gradient, checkpointing
         if key not in self.found:
-            two, four = self.once(2, *key), self.once(4, *key)
+            two, four = (pass_bytes(self.policy(layers), *key) for layers in (2, 4))
             self.found[key] = PassBytes(*(a + (b - a) * (self.layers - 2) / 2 for a, b in ((two.kept, four.kept), (two.peak, four.peak))))
         return self.found[key]
 
 # %% ../nbs/13_memory.ipynb #269b6009
 def logits_bytes(
     policy: Policy, # on the meta device
-    decisions: int, # sampled tokens of a micro-batch
+    decisions: int, # sampled tokens that are read together
 ) -> float:
     "What the head takes at most: logits, the reference's distribution, and the terms of the loss, forward and back"
     held = min(decisions, max(1, AT_ONCE // policy.causal_lm.config.get_text_config().vocab_size))
@@ -286,7 +287,9 @@ class Plan:
     ) -> "Plan":
         "The same run with other settings"
         config = self.config.replace(values)
-        return replace(self, config=config, parts=_parts(self.passes, config, self.turns, self.tokens))
+        same = (config.model.lora, config.model.dtype) == (self.config.model.lora, self.config.model.dtype)
+        passes = self.passes if same else _passes(self.passes.config, config)
+        return replace(self, config=config, passes=passes, parts=_parts(passes, config, self.turns, self.tokens))
 
     @cached_property
     def suggestion(self) -> dict[str, Any] | None:
@@ -306,7 +309,6 @@ class Plan:
         while envs and not room(envs): envs //= 2
         while 0 < envs <= 512 and room(2 * envs): envs *= 2
         return envs
-
 
 # %% ../nbs/13_memory.ipynb #305fbf4e
 def advice(
@@ -366,6 +368,13 @@ def _context(config: Config, turns: int, tokens: int) -> int:
     seen = turns if config.context.context in (None, "full") else min(turns, config.context.context)
     return min(seen * tokens, config.context.max_length or seen * tokens)
 
+def _passes(shape: PretrainedConfig, config: Config) -> Passes:
+    "The passes of a model of some shape, with the adapters and the floating-point type that settings say"
+    lora, dtype = config.model.lora, config.model.dtype
+    if config.model.quantize and lora is None: raise ValueError("4-bit weights cannot be trained themselves: set model.lora, or leave model.quantize out")
+    if dtype == "auto": return Passes(shape, torch.float32 if lora is None else torch.bfloat16, lora)
+    return Passes(shape, as_dtype(dtype, torch.device("cpu")), lora)
+
 def _parts(passes: Passes, config: Config, turns: int, tokens: int) -> tuple[Part, ...]:
     "What a run needs"
     c, dtype, whole = config, passes.dtype, passes.whole
@@ -376,7 +385,7 @@ def _parts(passes: Passes, config: Config, turns: int, tokens: int) -> tuple[Par
     # 4-bit matrices are opened one at a time, where they are used
     opened = max(p.numel() for p in whole.causal_lm.parameters()) * item if c.model.quantize else 0
     back, there = passes(micro, context, True, c.ppo.gradient_checkpointing), passes(first, tokens, False)
-    logits, kept = logits_bytes(whole, decisions), 4 * min(KEPT_NUMBERS, decisions * vocabulary) * (decisions * vocabulary <= KEPT_NUMBERS)
+    logits, kept = logits_bytes(whole, decisions), 4 * decisions * vocabulary if decisions * vocabulary <= KEPT_NUMBERS else 0
     lora = c.model.lora is not None
     return tuple(Part(*part) for part in (
         ("weights", base, "always", "the base model" + (", in 4 bits but for embeddings and head" if c.model.quantize else "")),
@@ -386,7 +395,7 @@ def _parts(passes: Passes, config: Config, turns: int, tokens: int) -> tuple[Par
         ("overhead", OVERHEAD, "always", "an allowance for the CUDA context and what the allocator can't use"),
         ("keys and values", cache_bytes(passes.config, dtype, envs, context), "playing", f"{envs} + 1 rows of {context:,} tokens"),
         ("reading prompts", there.peak + opened, "playing", f"{first * tokens:,} tokens at once, without a gradient"),
-        ("drawing", 24 * envs * vocabulary, "playing", f"distributions over {vocabulary:,} words for {envs} replies"),
+        ("drawing", 16 * envs * vocabulary, "playing", f"distributions over {vocabulary:,} words for {envs} replies"),
         ("gradients", 4 * trained, "learning", "one of each trained weight"),
         ("copies", 12 * trained, "learning", "trained weights and moments as they were, should the update be stopped"),
         ("reference's states", decisions * width * item + kept, "learning", f"{decisions:,} sampled tokens of {c.rollout.episodes} episodes"),
@@ -418,9 +427,7 @@ def plan(
         if not isinstance(value, int) or value < 1: raise ValueError(f"{name}={value!r}: expected a whole number of at least 1")
     card, shape = card_bytes(gpu), config_of(model)
     config = (config or Config.from_dict({"model.quantize": "nf4", "model.lora": {}})).replace({name.replace("__", "."): value for name, value in options.items()})
-    if config.model.quantize and config.model.lora is None: raise ValueError("4-bit weights cannot be trained themselves: set model.lora, or leave model.quantize out")
-    lora, dtype = config.model.lora, config.model.dtype
-    dtype = torch.float32 if dtype == "auto" and lora is None else torch.bfloat16 if dtype == "auto" else as_dtype(dtype, torch.device("cpu"))
+
     name = str(model) if isinstance(model, (str, os.PathLike)) else shape.name_or_path or shape.model_type
-    passes = Passes(shape, dtype, lora)
+    passes = _passes(shape, config)
     return Plan(name, config, turns, tokens, card, _parts(passes, config, turns, tokens), passes)

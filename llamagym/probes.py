@@ -83,7 +83,6 @@ class DelayedEnv(ProbeEnv):
     actions, turns = 5, 2
     def paid(self): return float(len(self.taken) == 2 and self.taken[0] == 2)
 
-
 class CopyEnv(ProbeEnv):
     "One of two colors is named in the first turn, and asked for in the last; in between, nothing can be done but stay"
     actions, turns, secrets = 3, 11, 2

@@ -11,7 +11,7 @@ from huggingface_hub.errors import GatedRepoError
 from transformers import AutoConfig
 
 from llamagym.config import Config, LoRAConfig
-from llamagym.engine import Engine
+from llamagym.engine import Engine, draw_from
 from llamagym.memory import OVERHEAD, LiveBytes, Passes, as_bytes, cache_bytes, logits_bytes, plan, skeleton, weight_bytes
 from llamagym.passes import TokenTerms
 from llamagym.policy import Policy, add_lora
@@ -88,6 +88,15 @@ def test_memory_of_the_cache(family):
     assert forecast == pytest.approx(engine.nbytes, rel=0.1)
 
 
+def test_memory_of_drawing():
+    """A distribution over the vocabulary for each reply, and what is made of it; the head's own numbers, in 16 bits, come on top"""
+    logits = torch.randn(16, 5000)
+    with LiveBytes() as live:
+        draw_from(logits / 1.0, np.random.default_rng(0).random(16), np.zeros(16, dtype=bool))
+    config = tiny_config("qwen2", vocab_size=5000)
+    assert part(plan(config, "1GB", rollout__num_envs=16), "drawing") == pytest.approx(live.peak + 2 * logits.numel(), rel=0.15)
+
+
 def test_memory_of_training():
     """Adapters, moments and gradients after an update"""
     agent = lake_agent(lora_policy("llama"), generate__max_new_tokens=4)
@@ -111,7 +120,9 @@ def test_memory_plan_follows_its_settings():
     deep = found.with_options({"ppo.token_budget": 64_000})
     assert deep.size("learning") > found.size("learning") and deep.size("playing") == found.size("playing")
     assert found.with_options({"ppo.gradient_checkpointing": True}).size("learning") < found.size("learning")
-    assert found.with_options({"model.lora": None, "model.quantize": None}).size("learning") > found.size("learning")
+    changed = {"model.lora": None, "model.quantize": None}
+    afresh = plan(tiny_config("qwen2", hidden_size=256, num_hidden_layers=4), "2GB", turns=40, tokens=100, model__lora=None, model__quantize=None)
+    assert found.with_options(changed).parts == afresh.parts and part(afresh, "gradients") == pytest.approx(part(afresh, "weights"), rel=0.01)
     for card in np.linspace(OVERHEAD * 1.3, 3e9, 5):
         one = plan(tiny_config("qwen2", hidden_size=256, num_hidden_layers=4), float(card), turns=40, tokens=100)
         assert one.fits == (one.peak <= card) and one.fits == (one.suggestion == {})
