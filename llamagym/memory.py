@@ -258,6 +258,7 @@ class Part:
     phase: str      # one of `PHASES`: when it is there
     of: str         # what its size comes from
 
+# %% ../nbs/13_memory.ipynb #78ad1639
 @dataclass(frozen=True)
 class Plan:
     "What a run needs, on a card of some size"
