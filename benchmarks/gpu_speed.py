@@ -14,62 +14,17 @@ import time
 import warnings
 
 import torch
-from peft import PeftModel
-from torch import nn
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Qwen2Config
+from shapes import SHAPES, model_of
 from workloads import NEW_TOKENS, Naive, table, task_of
 
 import llamagym.decoder
 from llamagym.agent import Agent
-from llamagym.config import Config, LoRAConfig
-from llamagym.policy import Policy, add_lora
+from llamagym.config import Config
+from llamagym.policy import Policy
 from llamagym.rollout import collect
 from llamagym.tiny import tiny_tokenizer
 
 warnings.filterwarnings("ignore")
-QWEN = dict(vocab_size=151936, max_position_embeddings=32768, rope_parameters=dict(rope_type="default", rope_theta=1e6))
-LLAMA = dict(vocab_size=128256, max_position_embeddings=131072, rope_parameters=dict(rope_type="default", rope_theta=5e5))
-SHAPES = {  # as in the configurations of the published checkpoints: width, of the feed-forward layers, layers, heads, key heads, tied embeddings
-    "qwen2.5-0.5b": (Qwen2Config, QWEN, 896, 4864, 24, 14, 2, True),
-    "qwen2.5-1.5b": (Qwen2Config, QWEN, 1536, 8960, 28, 12, 2, True),
-    "qwen2.5-3b": (Qwen2Config, QWEN, 2048, 11008, 36, 16, 2, True),
-    "qwen2.5-7b": (Qwen2Config, QWEN | dict(vocab_size=152064), 3584, 18944, 28, 28, 4, False),
-    "llama-3.2-1b": (LlamaConfig, LLAMA | dict(head_dim=64), 2048, 8192, 16, 32, 8, True),
-    "llama-3.2-3b": (LlamaConfig, LLAMA | dict(head_dim=128), 3072, 8192, 28, 24, 8, True),
-    "llama-3.1-8b": (LlamaConfig, LLAMA, 4096, 14336, 32, 32, 8, False),
-}
-
-
-def quantized(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
-    """The model with its linear layers in 4 bits, as reading a checkpoint makes them; the head stays as it is"""
-    import bitsandbytes as bnb
-
-    for name, module in list(model.named_modules()):
-        if type(module) is not nn.Linear or module is model.get_output_embeddings():
-            continue
-        parent, _, child = name.rpartition(".")
-        small = bnb.nn.Linear4bit(module.in_features, module.out_features, module.bias is not None, dtype, compress_statistics=True, quant_type="nf4")
-        small.weight = bnb.nn.Params4bit(module.weight.data.cpu(), requires_grad=False, compress_statistics=True, quant_type="nf4", module=small)
-        small.bias = module.bias
-        setattr(model.get_submodule(parent), child, small.to(model.device))
-    model.is_quantized = model.is_loaded_in_4bit = True
-    return model
-
-
-def model_of(name: str, quantize: str, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> PeftModel:
-    """A model of a real shape with random weights, on the GPU"""
-    kind, options, width, inner, layers, heads, key_heads, tied = SHAPES[name]
-    tokenizer = tiny_tokenizer()
-    config = kind(hidden_size=width, intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=key_heads,
-                  tie_word_embeddings=tied, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
-                  pad_token_id=tokenizer.pad_token_id, **options)  # fmt: skip
-    torch.manual_seed(seed)
-    with torch.device("cuda"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
-    model.requires_grad_(False)
-    if quantize == "nf4":
-        model = quantized(model, dtype)
-    return add_lora(model, LoRAConfig(r=16), seed)
 
 
 def timed(run) -> tuple[float, object]:

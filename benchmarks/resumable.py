@@ -9,7 +9,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     """Where this program is killed, its workers end too, instead of running on unseen"""
     threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
 
@@ -27,7 +27,7 @@ def run(
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
     rows = [row for row in rows if job_of(row) in jobs]
     done = {job_of(row) for row in rows}
-    with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn"), initializer=_end_with_parent) as pool:
+    with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn"), initializer=end_with_parent) as pool:
         for future in as_completed([pool.submit(work, *job) for job in jobs if job not in done]):
             found = future.result()
             with path.open("a", encoding="utf-8") as file:

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['response_text', 'Candidates', 'Dialogue', 'AgentMethods', 'read_action', 'warn_all_invalid', 'as_policy',
-           'context_limit', 'InvalidResponse', 'as_context', 'parse_on_invalid', 'AgentSession', 'Agent', 'TaskAgent']
+           'context_limit', 'cache_bytes', 'InvalidResponse', 'as_context', 'parse_on_invalid', 'AgentSession', 'Agent',
+           'TaskAgent']
 
 # %% ../nbs/09_agent.ipynb #68e7f27d
 import copy
@@ -206,6 +207,12 @@ def context_limit(
     return getattr(policy.causal_lm.config.get_text_config(), "max_position_embeddings", None)
 
 # %% ../nbs/09_agent.ipynb #29f4eaa3
+def cache_bytes(
+    config: Config,
+) -> int | None:
+    "What an engine may keep, as `rollout.cache_gb` says"
+    return None if config.rollout.cache_gb is None else round(config.rollout.cache_gb * 10**9)
+
 def _share(model, tokenizer, device, generate_config_dict, ppo_config_dict, config: Config | None) -> _Shared:
     "Put together what an agent is made of; the arguments are `Agent`'s"
     if config is not None and (generate_config_dict or ppo_config_dict):
@@ -216,7 +223,7 @@ def _share(model, tokenizer, device, generate_config_dict, ppo_config_dict, conf
     policy = as_policy(model, tokenizer, config)
     if device is not None: policy.to(device)
     fmt, generate = ChatFormat.of(policy.tokenizer), config.generate.for_training()
-    return _Shared(policy, config, fmt, Engine(policy, fmt.stop_ids, generate),
+    return _Shared(policy, config, fmt, Engine(policy, fmt.stop_ids, generate, cache_bytes=cache_bytes(config)),
                    PPO(policy, config.ppo, config.credit, generate.temperature, config.trainer.seed, length_normalized=generate.length_normalized))
 
 # %% ../nbs/09_agent.ipynb #5fd36030

@@ -352,6 +352,7 @@ class RolloutConfig(Section):
     on_invalid: str|None = option(
         None, "what follows a response without an action: fallback (a legal action), terminate, or retry:n; None takes the task's, fallback without one", pattern=r"fallback|terminate|retry:[1-9]\d*")
     invalid_reward: float|None = option(None, "added to the reward of a turn whose response holds no action; None takes the task's, 0 without one")
+    cache_gb: float|None = option(None, "GB that the conversations' keys and values may take; those that don't fit wait. None is four fifths of what a GPU has free, without a limit on a CPU", above=0)
 
 # %% ../nbs/04_config.ipynb #ed81e06c
 @dataclass
@@ -400,6 +401,8 @@ class PPOConfig(Section):
     critic_warmup: int = option(0, "first updates, in which only the critic learns", at_least=0)
     importance_cap: float|None = option(None, "weighs what was sampled by how much likelier the learner makes it, up to this, before ratios are taken; None takes the sampler to be the learner", above=0)
     normalize_returns: bool = option(True, "the critic learns returns in units of their running deviation, so that critic_learning_rate fits rewards of any size")
+    optimizer: Literal["auto", "adamw", "adamw_8bit"] = option("auto", "adamw_8bit keeps AdamW's moments in 8 bits, paged on a GPU; auto does where the weights are in 4 bits on a GPU")
+    offload_activations: bool = option(False, "keep what the backward pass needs in the host's memory: slower, for the least memory of a GPU")
 
     @classmethod
     def from_2024(

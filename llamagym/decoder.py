@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['log', 'MERGE_BYTES', 'RECORD_AFTER', 'RECORD_LENGTH', 'DECODED', 'Joined', 'cut_length', 'OneQuery', 'attend_many',
-           'Layer', 'pick', 'Decoder', 'cuda_graph', 'GraphDecoder', 'ModelReader', 'reader_of']
+           'Layer', 'pick', 'Decoder', 'cuda_graph', 'recorded_rows', 'recorded_length', 'GraphDecoder', 'ModelReader',
+           'reader_of']
 
 # %% ../nbs/06_decoder.ipynb #ea84902d
 import copy
@@ -252,9 +253,17 @@ def cuda_graph(
         return result
     return replay
 
-def _rounded(rows: int) -> int:
-    "Rows up to a power of two, from eight on up to a multiple of eight"
+def recorded_rows(
+    rows: int, # that speak
+) -> int:
+    "Rows of a recorded step: a power of two, from eight on a multiple of eight"
     return 1 << (rows - 1).bit_length() if rows < 8 else -(-rows // 8) * 8
+
+def recorded_length(
+    length: int, # tokens of the longest row
+) -> int:
+    "Positions that a recorded step looks at"
+    return -(-length // RECORD_LENGTH) * RECORD_LENGTH
 
 # %% ../nbs/06_decoder.ipynb #8d29e543
 class _Recorded:
@@ -287,7 +296,7 @@ class GraphDecoder(Decoder):
 
     def read(self, cache: SlotCache, ids: Tensor, first: int, starts: np.ndarray, last: Tensor, shared: int = 0) -> Tensor:
         "The hidden state of the last new token of each row; see `Decoder.read`"
-        rows, length = _rounded(len(ids)), -(-int(starts.max() + 1) // RECORD_LENGTH) * RECORD_LENGTH
+        rows, length = recorded_rows(len(ids)), recorded_length(int(starts.max()) + 1)
         size = first, rows, length
         if ids.shape[1] == 1: self.seen[size] += 1
         if self.record is None or ids.shape[1] > 1 or self.seen[size] <= RECORD_AFTER: return super().read(cache, ids, first, starts, last, shared)

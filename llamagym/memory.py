@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['OVERHEAD', 'PHASES', 'as_bytes', 'show_bytes', 'card_bytes', 'LiveBytes', 'config_of', 'skeleton', 'nf4_bytes',
-           'weight_bytes', 'PassBytes', 'pass_bytes', 'Passes', 'logits_bytes', 'cache_bytes', 'Part', 'Plan', 'advice',
-           'plot_plan', 'plan']
+           'in_4_bits', 'weight_bytes', 'PassBytes', 'pass_bytes', 'Passes', 'logits_bytes', 'optimizer_bytes',
+           'cache_bytes', 'mask_bytes', 'Part', 'Plan', 'advice', 'plot_plan', 'plan']
 
 # %% ../nbs/13_memory.ipynb #aebf09eb
 import copy
@@ -14,8 +14,10 @@ import os
 import re
 import weakref
 
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass, field, replace
+from contextlib import nullcontext
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -29,12 +31,13 @@ from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from .base import as_dtype, read_config, require_causal
-from .cache import grown, layer_masks
+from .cache import attention_masks, grown, layer_masks, row_bytes
 from .config import Config, LoRAConfig
-from .engine import READ_TOKENS
+from .decoder import recorded_length, recorded_rows
+from .engine import READ_PAIRS, READ_TOKENS
 from .passes import AT_ONCE, KEPT_NUMBERS, TokenTerms
 from .policy import Policy, add_lora
-from .rows import gradient_checkpointing
+from .rows import OnHost, gradient_checkpointing
 from .tiny import tiny_config, tiny_tokenizer
 
 # %% ../nbs/13_memory.ipynb #0dd30a42
@@ -151,13 +154,19 @@ def nf4_bytes(
     blocks = -(-count // 64)
     return -(-count // 2) + blocks + 4 * -(-blocks // 256) + 4 * (16 + 256 + 1)
 
+def in_4_bits(
+    model: PreTrainedModel,   # of `skeleton`, or any other that was not quantised yet
+) -> list[nn.Parameter]:
+    "The matrices that are put into 4 bits: those of all linear layers but the head"
+    kept = get_keys_to_not_convert(model)
+    return [module.weight for name, module in model.named_modules() if type(module) is nn.Linear and should_convert_module(name, kept)]
+
 def weight_bytes(
     model: PreTrainedModel,   # of `skeleton`, or any other
     quantize: str | None,     # `None` or `"nf4"`
 ) -> int:
     "What the weights and buffers of a base model take"
-    kept = get_keys_to_not_convert(model)
-    small = {id(module.weight) for name, module in model.named_modules() if quantize and type(module) is nn.Linear and should_convert_module(name, kept)}
+    small = {id(weight) for weight in in_4_bits(model)} if quantize else set()
     return sum(nf4_bytes(p.numel()) if id(p) in small else p.nbytes for p in model.parameters()) + sum(b.nbytes for b in model.buffers())
 
 # %% ../nbs/13_memory.ipynb #7308064d
@@ -166,6 +175,15 @@ class PassBytes:
     "What a pass through the trunk takes, its weights aside"
     kept: float     # bytes when it has gone forward, what the backward pass needs included
     peak: float     # bytes at most
+    host: float     # bytes of the host's memory
+
+class _Gone(OnHost):
+    "Sends what has no numbers"
+    host = 0    # bytes that were sent
+    def send(self, t: Tensor) -> tuple[torch.Size, torch.dtype]:
+        self.host += t.nbytes
+        return t.shape, t.dtype
+    def fetch(self, kept: tuple[torch.Size, torch.dtype]) -> Tensor: return torch.empty(kept[0], dtype=kept[1], device="meta")
 
 # %% ../nbs/13_memory.ipynb #3edfd69f
 def pass_bytes(
@@ -174,17 +192,19 @@ def pass_bytes(
     length: int,            # tokens of each
     gradient: bool,         # with a backward pass
     checkpointing: bool,    # which computes the inside of layers again
+    offload: bool = False,  # which keeps things on the host
 ) -> PassBytes:
     "What a pass through a policy's trunk takes: it is made, without numbers"
     ids, model = torch.zeros(rows, length, dtype=torch.long, device="meta"), policy.causal_lm
     for p in policy.parameters(): p.grad = torch.empty_like(p)      # counted elsewhere
     seen = torch.ones(1, length, length, dtype=torch.bool, device="meta")
-    masks = layer_masks(model.config.get_text_config(), seen, seen.long(), model.dtype)     # nobody can look at these; a model's own would be looked at
-    with gradient_checkpointing(policy, checkpointing), torch.set_grad_enabled(gradient), LiveBytes() as live:
-        hidden = policy.trunk(ids, position_ids=torch.arange(length, device="meta")[None], attention_mask=masks)
+    masks = layer_masks(model.config.get_text_config(), seen, ids[:1], ids[0], model.dtype)     # nobody can look at these; a model's own would be looked at
+    sent = _Gone(model)
+    with gradient_checkpointing(policy, checkpointing, offload), torch.set_grad_enabled(gradient), LiveBytes() as live:
+        with sent if offload else nullcontext(): hidden = policy.trunk(ids, position_ids=torch.arange(length, device="meta")[None], attention_mask=masks)
         kept = live.now
         if gradient: hidden.backward(torch.empty_like(hidden))
-    return PassBytes(kept, live.peak)
+    return PassBytes(kept, live.peak, sent.host)
 
 # %% ../nbs/13_memory.ipynb #a1516628
 class Passes:
@@ -196,13 +216,15 @@ class Passes:
     ):
         self.config, self.dtype, self.lora, self.found = config, dtype, lora, {}
         self.layers = config.get_text_config().num_hidden_layers
+        self.policy, self.weights = lru_cache(self._policy), lru_cache(lambda quantize: weight_bytes(skeleton(config, dtype), quantize))
+        self.logits = lru_cache(lambda decisions: logits_bytes(self.policy(2), decisions))
 
     @cached_property
-    def whole(self) -> Policy:
-        "All of it, without numbers"
-        return self.policy()
+    def opened(self) -> int:
+        "Bytes of the largest matrix in 4 bits where it is used, one at a time"
+        return max(weight.nbytes for weight in in_4_bits(skeleton(self.config, self.dtype, 2)))
 
-    def policy(self, layers: int | None = None) -> Policy:
+    def _policy(self, layers: int | None = None) -> Policy:
         "A policy without numbers, of some or all of the layers"
         model = skeleton(self.config, self.dtype, layers)
         return Policy(model.requires_grad_() if self.lora is None else add_lora(model, self.lora), tiny_tokenizer())
@@ -212,12 +234,13 @@ class Passes:
         length: int,            # tokens of each, padding included
         gradient: bool = True,  # with a backward pass
         checkpointing: bool = False, # which computes the inside of layers again
+        offload: bool = False,       # which keeps things on the host
     ) -> PassBytes:
         "What a pass through all layers takes"
-        key = rows, length, gradient, checkpointing
+        key = rows, length, gradient, checkpointing, offload
         if key not in self.found:
-            two, four = (pass_bytes(self.policy(layers), *key) for layers in (2, 4))
-            self.found[key] = PassBytes(*(a + (b - a) * (self.layers - 2) / 2 for a, b in ((two.kept, four.kept), (two.peak, four.peak))))
+            two, four = (astuple(pass_bytes(self.policy(layers), *key)) for layers in (2, 4))
+            self.found[key] = PassBytes(*(a + (b - a) * (self.layers - 2) / 2 for a, b in zip(two, four)))
         return self.found[key]
 
 # %% ../nbs/13_memory.ipynb #269b6009
@@ -234,17 +257,42 @@ def logits_bytes(
         sum(TokenTerms.apply(policy.logits(hidden), ids, reference, 1.0)).sum().backward()
     return live.peak
 
-# %% ../nbs/13_memory.ipynb #d93c1968
+# %% ../nbs/13_memory.ipynb #4fd37aff
+def optimizer_bytes(
+    sizes: Sequence[int], # weights of each trained tensor
+    kind: str,            # see `optimizer_kind`
+) -> int:
+    "What the moments of AdamW take"
+    def one(n: int) -> int: return 2 * n + 8 * -(-n // 256) if kind == "adamw_8bit" and n >= 4096 else 8 * n
+    return sum(map(one, sizes))
+
+# %% ../nbs/13_memory.ipynb #4a56bcdb
 def cache_bytes(
     config: PretrainedConfig, # of a causal LM
     dtype: torch.dtype,       # of its states
     rows: int,                # conversations side by side
     context: int,             # tokens of the longest
+    recorded: bool = True,    # by a GPU's recorded steps
 ) -> int:
     "What keys and values take, a layer's share for moving into a larger table included"
-    text, capacity = config.get_text_config(), grown(context + 1)
-    heads, width = getattr(text, "num_key_value_heads", None) or text.num_attention_heads, getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    return (text.num_hidden_layers + 1) * 2 * (rows + 1) * heads * capacity * width * dtype.itemsize
+    layers = config.get_text_config().num_hidden_layers
+    if recorded: rows, context = recorded_rows(rows), recorded_length(context)
+    return (rows + 1) * row_bytes(config, dtype, grown(context + 1)) * (layers + 1) // layers
+
+def mask_bytes(
+    config: PretrainedConfig, # of a causal LM
+    dtype: torch.dtype,       # of its weights
+    rows: int,                # prompts that are read together
+    tokens: int,              # of each
+    context: int,             # of their conversations
+) -> int:
+    "What the masks of prompts take that are read behind conversations, repeated for the query heads of a key's"
+    text, start = config.get_text_config(), max(0, context - tokens)
+    with LiveBytes() as live:
+        positions = torch.empty(rows, tokens, dtype=torch.long, device="meta")
+        masks = attention_masks(text, positions, start + tokens, dtype)
+    group = text.num_attention_heads // (getattr(text, "num_key_value_heads", None) or text.num_attention_heads)
+    return live.peak + (rows * tokens * (start + tokens) * group * dtype.itemsize if group > 1 else 0)
 
 # %% ../nbs/13_memory.ipynb #6c2ddd51
 OVERHEAD = 800_000_000     # bytes: an allowance, not a forecast
@@ -329,7 +377,7 @@ def _text(plan: Plan) -> str:
     weights = "4-bit weights" if c.model.quantize else "full weights"
     trained = "all of them trained" if c.model.lora is None else f"LoRA of rank {c.model.lora.r}"
     head = (f"{plan.model}: {weights}, {trained}; {c.rollout.num_envs} environments, {plan.context:,} tokens of context, "
-            f"{c.ppo.token_budget:,} tokens a micro-batch{', layers computed again' if c.ppo.gradient_checkpointing else ''}")
+            f"{c.ppo.token_budget:,} tokens a micro-batch")
     lines = [f"  {part.name:<22}{part.size / 10**9:7.2f} GB  {part.phase:<9} {part.of}" for part in plan.parts]
     sums = [f"  {phase:<22}{plan.size(phase) / 10**9:7.2f} GB" for phase in PHASES[1:]]
     return "\n".join([head, *lines, "  in all", *sums, advice(plan)])
@@ -376,31 +424,36 @@ def _passes(shape: PretrainedConfig, config: Config) -> Passes:
     if dtype == "auto": return Passes(shape, torch.float32 if lora is None else torch.bfloat16, lora)
     return Passes(shape, as_dtype(dtype, torch.device("cpu")), lora)
 
+def _spared(config: Config, host: float) -> str:
+    "What activations are spared by"
+    return ", layers computed again" * config.ppo.gradient_checkpointing + f", {show_bytes(host)} on the host" * config.ppo.offload_activations
+
 def _parts(passes: Passes, config: Config, turns: int, tokens: int) -> tuple[Part, ...]:
     "What a run needs"
-    c, dtype, whole = config, passes.dtype, passes.whole
+    c, dtype, whole = config, passes.dtype, passes.policy()
     context, item, width, vocabulary = _context(c, turns, tokens), dtype.itemsize, whole.hidden_size, whole.causal_lm.config.get_text_config().vocab_size
-    trained, envs, base = sum(p.numel() for p in whole.parameters()), c.rollout.num_envs, weight_bytes(skeleton(passes.config, dtype), c.model.quantize)
+    trained, envs, base = [p.numel() for p in whole.parameters()], c.rollout.num_envs, passes.weights(c.model.quantize)
+    optimizer = ("adamw_8bit" if c.model.quantize else "adamw") if c.ppo.optimizer == "auto" else c.ppo.optimizer
     decisions = c.rollout.episodes * turns * c.generate.max_new_tokens
-    micro, first = min(max(1, c.ppo.token_budget // context), c.rollout.episodes), min(max(1, READ_TOKENS // tokens), envs)    # rows
-    # 4-bit matrices are opened one at a time, where they are used
-    opened = max(p.numel() for p in whole.causal_lm.parameters()) * item if c.model.quantize else 0
-    back, there = passes(micro, context, True, c.ppo.gradient_checkpointing), passes(first, tokens, False)
-    logits, kept = logits_bytes(whole, decisions), 4 * decisions * vocabulary if decisions * vocabulary <= KEPT_NUMBERS else 0
+    rows, all_turns = (c.rollout.episodes * (turns if c.context.context not in (None, "full") else 1)), c.rollout.episodes * turns
+    step = -(-rows // max(1, round(all_turns / c.ppo.mini_batch_size)))
+    micro, first = min(max(1, c.ppo.token_budget // context), step), min(max(1, min(READ_TOKENS, READ_PAIRS // context) // tokens), envs)    # rows
+    opened = passes.opened if c.model.quantize else 0
+    back, there = passes(micro, context, True, c.ppo.gradient_checkpointing, c.ppo.offload_activations), passes(first, tokens, False)
+    logits, kept = passes.logits(decisions), 4 * decisions * vocabulary if decisions * vocabulary <= KEPT_NUMBERS else 0
     lora = c.model.lora is not None
     return tuple(Part(*part) for part in (
         ("weights", base, "always", "the base model" + (", in 4 bits but for embeddings and head" if c.model.quantize else "")),
-        *([("adapters", 8 * trained, "always", f"{trained:,} weights in float32, and as many of the reference")] if lora else
+        *([("adapters", 8 * sum(trained), "always", f"{sum(trained):,} weights in float32, and as many of the reference")] if lora else
           [("reference", base, "always", "a frozen copy of the model")]),
-        ("optimiser", 8 * trained, "always", "two moments of each trained weight, in float32"),
+        ("optimiser", optimizer_bytes(trained, optimizer), "always", f"two moments of each trained weight, in {'8 bits' if optimizer == 'adamw_8bit' else 'float32'}"),
         ("overhead", OVERHEAD, "always", "an allowance for the CUDA context and what the allocator can't use"),
         ("keys and values", cache_bytes(passes.config, dtype, envs, context), "playing", f"{envs} + 1 rows of {context:,} tokens"),
-        ("reading prompts", there.peak + opened, "playing", f"{first * tokens:,} tokens at once, without a gradient"),
+        ("reading prompts", there.peak + mask_bytes(passes.config, dtype, first, tokens, context) + opened, "playing", f"{first * tokens:,} tokens at once, without a gradient"),
         ("drawing", 16 * envs * vocabulary, "playing", f"distributions over {vocabulary:,} words for {envs} replies"),
-        ("gradients", 4 * trained, "learning", "one of each trained weight"),
-        ("copies", 12 * trained, "learning", "trained weights and moments as they were, should the update be stopped"),
+        ("gradients", 4 * sum(trained), "learning", "one of each trained weight"),
         ("reference's states", decisions * width * item + kept, "learning", f"{decisions:,} sampled tokens of {c.rollout.episodes} episodes"),
-        ("activations and logits", max(back.kept + logits, back.peak) + opened, "learning", f"{micro * context:,} tokens a micro-batch" + (", layers computed again" if c.ppo.gradient_checkpointing else "")),
+        ("activations and logits", max(back.kept + logits, back.peak) + opened, "learning", f"{micro * context:,} tokens a micro-batch{_spared(c, back.host)}"),
     ))
 
 # %% ../nbs/13_memory.ipynb #91b7a4b5
@@ -409,6 +462,7 @@ def _cheaper(plan: Plan) -> dict[str, Any] | None:
     c, learning, playing = plan.config, plan.size("learning") > plan.card, plan.size("playing") > plan.card
     if learning and c.ppo.token_budget > plan.context: return {"ppo.token_budget": max(plan.context, c.ppo.token_budget // 2)}
     if learning and not c.ppo.gradient_checkpointing: return {"ppo.gradient_checkpointing": True}
+    if learning and not c.ppo.offload_activations: return {"ppo.offload_activations": True}
     if playing and c.rollout.num_envs > 8: return {"rollout.num_envs": c.rollout.num_envs // 2}
     if c.model.quantize is None and c.model.lora is not None: return {"model.quantize": "nf4"}
     if playing and c.rollout.num_envs > 1: return {"rollout.num_envs": c.rollout.num_envs // 2}

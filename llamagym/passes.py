@@ -21,7 +21,7 @@ from .buffer import Episode
 from .config import PPOConfig
 from .losses import k2_kl, log_ratios, policy_loss, value_loss
 from .policy import Policy
-from .rows import hidden_at, read_rows
+from .rows import hidden_at, kept_on_host, read_rows
 
 # %% ../nbs/07_passes.ipynb #9db6de64
 KEPT_NUMBERS = 2**25    # numbers over the vocabulary that are kept for a batch, at most: 128 MB
@@ -225,7 +225,8 @@ def loss_terms(
     "One forward pass with gradient"
     row = torch.cat([micro.token_row, micro.turn_row, micro.option_row])
     position = torch.cat([micro.token_position - 1, micro.turn_position, micro.option_position])
-    hidden = read_rows(policy, micro.rows, row, position, share=not config.gradient_checkpointing, branches=micro.branches)
+    with kept_on_host(policy, config.offload_activations):
+        hidden = read_rows(policy, micro.rows, row, position, share=not config.gradient_checkpointing, branches=micro.branches)
     tokens, turns, options = hidden.split([micro.num_tokens, micro.num_turns, len(micro.option_row)])
     logprobs, entropy, ref_kl, ref_logprobs = _decision_terms(policy, micro, reference, tokens, options, temperature, length_normalized)
     log_ratio, counts = log_ratios(logprobs, micro, config.ratio)

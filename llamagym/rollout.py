@@ -19,7 +19,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 
-from .agent import Agent, Candidates, Dialogue, TaskAgent, warn_all_invalid
+from .agent import Agent, Candidates, Dialogue, TaskAgent, cache_bytes, warn_all_invalid
 from .buffer import Episode, EpisodeBuffer
 from .engine import Engine, Request, Sample
 from .env import episode_seed, from_vector
@@ -261,7 +261,7 @@ def evaluate(
     _check(agent, env)
     seeds = [seeds] if isinstance(seeds, int) else list(seeds)
     if not seeds: raise ValueError("seeds=[]: expected at least one")
-    engine = Engine(agent.policy, agent.engine.stop_ids.tolist(), agent.config.generate, truncate=True)
+    engine = Engine(agent.policy, agent.engine.stop_ids.tolist(), agent.config.generate, truncate=True, cache_bytes=cache_bytes(agent.config))
     success = agent.task(env).success
     def play(greedy):
         greedy = greedy or not agent.config.generate.do_sample

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
@@ -24,7 +25,7 @@ from .algorithms import Algorithm, Credit, as_algorithm
 from .base import atomic_folder, recover_folder
 from .config import TrainerConfig
 from .doctor import Case, examine
-from .ppo import PPO
+from .ppo import PPO, optimizer_kind
 from .rollout import Evaluation, Rollout, collect, evaluate
 
 # %% ../nbs/12_trainer.ipynb #62c7fe62
@@ -134,23 +135,27 @@ def save_learner(
     folder: Path, # to write to
 ) -> None:
     "Everything of a learner that the policy does not hold"
-    state = learner.optimizer.state_dict()["state"]
-    tensors = {f"{i}.{name}": value.cpu().contiguous() for i, s in state.items() for name, value in s.items()}
+    weights = [p for group in learner.optimizer.param_groups for p in group["params"]]
+    state = {f"{i}.{name}": value for i, p in enumerate(weights) for name, value in learner.optimizer.state.get(p, {}).items()}
+    tensors = {name: torch.as_tensor(value).cpu().clone(memory_format=torch.contiguous_format) for name, value in state.items()}    # 8-bit moments share their tables
     save_file(tensors | {"generator": learner.generator.get_state()}, folder/"learner.safetensors")
-    (folder/"learner.json").write_text(json.dumps(dict(kl_coef=learner.kl_coef, updates=learner.updates, rates=[g["lr"] for g in learner.optimizer.param_groups])))
+    (folder/"learner.json").write_text(json.dumps(dict(kl_coef=learner.kl_coef, updates=learner.updates, rates=[g["lr"] for g in learner.optimizer.param_groups],
+                                                       optimizer=optimizer_kind(learner.policy, learner.config))))
 
 def load_learner(
     learner: PPO, # to restore
     folder: Path, # that `save_learner` wrote to
 ) -> None:
-    "The inverse of `save_learner`"
-    tensors = load_file(folder/"learner.safetensors")
+    "The inverse of `save_learner`. Raises `ValueError` where the moments are of another kind"
+    meta, kind = json.loads((folder/"learner.json").read_text()), optimizer_kind(learner.policy, learner.config)
+    if (saved := meta.get("optimizer", "adamw")) != kind:
+        raise ValueError(f"{folder} was saved with the moments of {saved}, this learner has those of {kind}; set ppo.optimizer={saved!r} to go on")
+    tensors, optimizer = load_file(folder/"learner.safetensors"), learner.optimizer.state_dict()
     learner.generator.set_state(tensors.pop("generator"))
-    meta, optimizer = json.loads((folder/"learner.json").read_text()), learner.optimizer.state_dict()
     optimizer["state"] = {}
     for key, value in tensors.items():
         i, _, name = key.partition(".")
-        optimizer["state"].setdefault(int(i), {})[name] = value
+        optimizer["state"].setdefault(int(i), {})[name] = value if value.dim() or value.is_floating_point() else value.item()
     learner.optimizer.load_state_dict(optimizer)
     for group, rate in zip(learner.optimizer.param_groups, meta["rates"]): group["lr"] = rate
     learner.kl_coef, learner.updates = meta["kl_coef"], meta["updates"]

@@ -84,7 +84,7 @@ def test_memory_of_the_cache(family):
     for length in (200, 400, 668):
         engine.sample([(p * 4)[:length] for p in prompts], [np.random.default_rng(i) for i in range(6)], keys=list(range(6)))
     config = tiny_config(family)
-    forecast = cache_bytes(config, torch.float32, 6, 700) * config.num_hidden_layers / (config.num_hidden_layers + 1)
+    forecast = cache_bytes(config, torch.float32, 6, 700, recorded=False) * config.num_hidden_layers / (config.num_hidden_layers + 1)
     assert forecast == pytest.approx(engine.nbytes, rel=0.1)
 
 
@@ -114,14 +114,16 @@ def test_memory_of_training():
 
 def test_memory_plan_follows_its_settings():
     """More environments only play, more tokens only learn; what is suggested fits, and nothing that is needed was left"""
-    found = plan(tiny_config("qwen2", hidden_size=256, num_hidden_layers=4), "2GB", turns=40, tokens=100)
+    shape, options = tiny_config("qwen2", hidden_size=256, num_hidden_layers=4), dict(turns=40, tokens=100, ppo__mini_batch_size=640)
+    found = plan(shape, "2GB", **options)
     wide = found.with_options({"rollout.num_envs": 64})
     assert wide.size("playing") > found.size("playing") and wide.size("learning") == found.size("learning")
     deep = found.with_options({"ppo.token_budget": 64_000})
     assert deep.size("learning") > found.size("learning") and deep.size("playing") == found.size("playing")
+    assert found.with_options({"ppo.mini_batch_size": 40}).size("learning") < found.size("learning")  # a step of one episode has no two to run together
     assert found.with_options({"ppo.gradient_checkpointing": True}).size("learning") < found.size("learning")
     changed = {"model.lora": None, "model.quantize": None}
-    afresh = plan(tiny_config("qwen2", hidden_size=256, num_hidden_layers=4), "2GB", turns=40, tokens=100, model__lora=None, model__quantize=None)
+    afresh = plan(shape, "2GB", model__lora=None, model__quantize=None, **options)
     assert found.with_options(changed).parts == afresh.parts and part(afresh, "gradients") == pytest.approx(part(afresh, "weights"), rel=0.01)
     for card in np.linspace(OVERHEAD * 1.3, 3e9, 5):
         one = plan(tiny_config("qwen2", hidden_size=256, num_hidden_layers=4), float(card), turns=40, tokens=100)
