@@ -103,13 +103,13 @@ def _all_turns(episodes: Sequence[Episode]) -> _Turns:
 # %% ../nbs/03_batch.ipynb #cf1e101e
 def _missing(turn: Turn, n: int, complete: bool) -> str|None:
     "What a learner needs and a turn of `n` tokens doesn't have"
-    if turn.logprobs is None and n: return "it has no logprobs: record them while sampling"
+    if turn.logprobs is None and turn.num_sampled: return "it has no logprobs: record them while sampling"
     if complete and turn.advantage is None and turn.token_advantages is None: return "it has no advantage: call llamagym.credit.assign first"
     if complete and turn.returns is None and turn.token_returns is None: return "it has no returns: call llamagym.credit.assign first"
     for name in ("logprobs", "values", "token_advantages", "token_returns"):
         array = getattr(turn, name)
         if array is not None and len(array) != turn.num_decisions:
-            return f"{len(array)} {name} for {n} response_ids" if turn.candidate_ids is None else f"{len(array)} {name} for one choice"
+            return f"{len(array)} {name} for {turn.num_sampled} response_ids" if turn.candidate_ids is None else f"{len(array)} {name} for one choice"
     if turn.candidate_ids is not None and turn.response_ids not in turn.candidate_ids: return "its response_ids are none of its candidate_ids"
     return None
 
@@ -142,6 +142,12 @@ def _find_rows(flat: _Turns) -> _Rows:
     return _Rows([segments[i] for i in used], ids, lengths, turn_row, starts)
 
 # %% ../nbs/03_batch.ipynb #910d382f
+def _sampled(turn: Turn) -> np.ndarray:
+    "bool [n]: which of a turn's tokens were sampled"
+    sampled = np.ones(len(turn.response_ids), dtype=bool)
+    if turn.given: sampled[turn.given] = False
+    return sampled
+
 def _find_tokens(flat: _Turns, rows: _Rows) -> dict[str, np.ndarray]:
     "Turn, row, position and id of each sampled token, int [N] each"
     turn = np.repeat(np.arange(len(flat.turns)), flat.counts)
@@ -152,8 +158,9 @@ def _find_tokens(flat: _Turns, rows: _Rows) -> dict[str, np.ndarray]:
     sampled = np.fromiter(chain.from_iterable(t.response_ids for t in flat.turns), dtype=np.int64, count=len(turn))
     for n in np.flatnonzero(ids != sampled)[:1]: flat.fail(turn[n], "response_ids are not the ids in its segment")
     masks, owned = np.concatenate([np.array(s.mask, dtype=bool) for s in rows.segments]), np.zeros(rows.lengths.sum(), dtype=bool)
-    owned[where] = True
-    if owned.sum() != len(where) or not np.array_equal(owned, masks):
+    own = where[np.concatenate([_sampled(turn) for turn in flat.turns])]
+    owned[own] = True
+    if owned.sum() != len(own) or not np.array_equal(owned, masks):
         for episode in flat.episodes: episode.validate()
         raise ValueError("a segment marks tokens as sampled that belong to no turn, or to two")
     return dict(token_row=row, token_position=position, token_ids=ids, token_turn=turn)
@@ -204,7 +211,7 @@ def _flatten(episodes: Sequence[Episode], complete: bool) -> dict[str, Any]:
         if problem := _missing(turn, counts[m], complete): flat.fail(m, problem)
     rows = _find_rows(flat)
     decisions, options = np.array([turn.num_decisions for turn in turns]), _Options(rows.lengths)
-    drawn = np.concatenate([np.arange(n) < d for n, d in zip(counts, decisions)])
+    drawn = np.concatenate([_sampled(turn) if turn.candidate_ids is None else np.arange(n) < 1 for turn, n in zip(turns, counts)])
     vectors = {name: vector[drawn] for name, vector in _find_tokens(flat, rows).items()}
     for m in [m for m, turn in enumerate(turns) if turn.candidate_ids is not None]: options.add(rows.turn_row[m], rows.starts[m], turns[m], _before(decisions)[m])
     advantages = [np.full(d, _number(t.advantage)) if t.token_advantages is None else t.token_advantages for t, d in zip(turns, decisions)]

@@ -49,10 +49,17 @@ class Turn:
     flags: dict[str, Any] = field(default_factory=dict)  # notes of later parts, by name
     frame: np.ndarray|None = None                   # uint8 [H, W, 3], the rendered environment
     candidate_ids: list[list[int]]|None = None      # ids of each candidate; `response_ids` is one of them
+    thought: str|None = None                        # what the model thought before it answered; `response` is the answer
+    given: list[int]|None = None                    # positions in `response_ids` that were put there, not sampled: the end of a thought that took too long
 
     @property
+    def num_sampled(self) -> int: return len(self.response_ids) - len(self.given or ())
+    @property
     def num_decisions(self) -> int:     # d: how often something was drawn. A choice among candidates is one decision, however many tokens it has
-        return len(self.response_ids) if self.candidate_ids is None else 1
+        return self.num_sampled if self.candidate_ids is None else 1
+    @property
+    def cut_thought(self) -> bool:      # whether it reached its limit in the midst of a thought
+        return self.thought is not None and not self.response and not self.stopped
     @property
     def forced(self) -> bool:           # whether there was but one candidate: no choice, no credit
         return self.candidate_ids is not None and len(self.candidate_ids) == 1
@@ -113,7 +120,7 @@ class Episode:
     def truncated(self) -> bool: return bool(self.turns) and bool(self.turns[-1].truncated)
     @property
     def num_tokens(self) -> int:    # sampled ones
-        return sum(len(turn.response_ids) for turn in self.turns)
+        return sum(turn.num_sampled for turn in self.turns)
     @property
     def num_invalid(self) -> int:    # turns whose response held no action
         return sum(not turn.valid for turn in self.turns)
@@ -156,7 +163,7 @@ def _drift(episode: Episode, t: int, turn: Turn) -> str|None:
     n, d = len(turn.response_ids), turn.num_decisions
     for name in _PER_TOKEN:
         array = getattr(turn, name)
-        if array is not None and len(array) != d: return f"{len(array)} {name} for {counted(d, 'choice') if turn.candidate_ids else f'{d} response_ids'}"
+        if array is not None and len(array) != d: return f"{len(array)} {name} for {counted(d, 'choice') if turn.candidate_ids else f'{d} response_ids'}{' that were sampled' if turn.given else ''}"
     if turn.candidate_ids is not None and turn.response_ids not in turn.candidate_ids: return "its response_ids are none of its candidate_ids"
     k = None if turn.candidates is None else len(turn.candidates)
     if turn.candidate_logprobs is not None and len(turn.candidate_logprobs) != k: return f"{len(turn.candidate_logprobs)} candidate_logprobs for {k} candidates"
@@ -172,7 +179,9 @@ def _misplaced(episode: Episode, turn: Turn) -> str|None:
     if turn.start < 1: return f"it starts at position {turn.start}: there is no prompt token before it"
     if list(segment.ids[turn.start:end]) != list(turn.response_ids):
         return f"response_ids are not what segment {turn.segment} holds from position {turn.start} on"
-    if not all(segment.mask[turn.start:end]): return f"segment {turn.segment} doesn't mark all of positions {turn.start} to {end - 1} as sampled"
+    sampled, given = segment.mask[turn.start:end], set(turn.given or ())
+    if not all(mask for i, mask in enumerate(sampled) if i not in given): return f"segment {turn.segment} doesn't mark all of positions {turn.start} to {end - 1} as sampled"
+    if not all(0 <= i < len(sampled) and not sampled[i] for i in given): return f"given={sorted(given)}, but segment {turn.segment} marks {sum(not s for s in sampled)} of its {len(sampled)} ids as not sampled"
     return None
 
 def _validate(episode: Episode) -> None:
@@ -227,7 +236,8 @@ def _transcript(episode: Episode) -> str:
     lines = [_visible(repr(episode))]
     if episode.system_prompt is not None: lines += _lines("system", episode.system_prompt)
     for t, turn in enumerate(episode.turns):
-        lines += [*_lines(f"turn {t}", turn.observation), *_lines("reply", turn.response), *_lines("", f"→ {_outcome(turn)}")]
+        thought = [] if turn.thought is None else _lines("thought", turn.thought)
+        lines += [*_lines(f"turn {t}", turn.observation), *thought, *_lines("reply", turn.response), *_lines("", f"→ {_outcome(turn)}")]
     if episode.final_observation is not None: lines += _lines("then", episode.final_observation)
     return "\n".join(lines)
 
@@ -239,7 +249,7 @@ _TURN = pa.struct(dict(
     logprobs=_floats, entropy=_floats, ref_logprobs=_floats, values=_floats, token_advantages=_floats, token_returns=_floats,
     value=pa.float64(), advantage=pa.float64(), returns=pa.float64(),
     top_alternatives=pa.list_(pa.list_(pa.struct(dict(id=pa.int64(), logprob=pa.float64())))),
-    candidates=pa.list_(pa.string()), candidate_logprobs=_floats, candidate_ids=pa.list_(_ints), flags=pa.string(),
+    candidates=pa.list_(pa.string()), candidate_logprobs=_floats, candidate_ids=pa.list_(_ints), thought=pa.string(), given=_ints, flags=pa.string(),
     frame=pa.struct(dict(shape=_ints, data=pa.large_binary()))))
 _FORMAT, _VERSION = b"llamagym.episodes", b"1"
 _SCHEMA = pa.schema(dict(

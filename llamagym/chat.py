@@ -12,7 +12,7 @@ __all__ = ['PLAIN_TEMPLATE', 'SENTINELS', 'OPEN', 'CLOSE', 'Segment', 'Span', 'W
 # %% ../nbs/01_chat.ipynb #3bdc97d6
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from copy import copy
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -524,12 +524,13 @@ def _append_turn(
     prompt: list[int],       # ids
     response: Sequence[int], # the ids that were sampled for it
     continues: bool,         # whether the last row may go on: not in a window, nor after a cut
+    given: Collection[int] = (), # positions in the response that were not sampled after all
 ) -> Span: # of the response
     "Write a prompt and its response to the rows"
     goes_on = segments and continues and prompt[:len(segments[-1].ids)] == segments[-1].ids
     if not goes_on: segments.append(Segment())
     row = segments[-1]
-    row.mask += [0] * (len(prompt) - len(row.ids)) + [1] * len(response)
+    row.mask += [0] * (len(prompt) - len(row.ids)) + [int(i not in given) for i in range(len(response))]
     row.ids += prompt[len(row.ids):] + list(response)
     return Span(len(segments) - 1, len(prompt), len(row.ids))
 
@@ -577,9 +578,9 @@ class _Past:
         oldest = oldest_that_fits(lambda first: len(self._prompt(text, first)), oldest, answered, goal)
         return self._prompt(text, oldest), oldest
 
-    def _take(self, text: str, prompt: list[int], oldest: int, ids: tuple[int, ...], stopped: bool) -> Span:
+    def _take(self, text: str, prompt: list[int], oldest: int, ids: tuple[int, ...], stopped: bool, given: Collection[int]) -> Span:
         "The answer to a prompt becomes part of the past"
-        span = _append_turn(self.segments, prompt, ids, continues=self.context == "full" and oldest == self._oldest)
+        span = _append_turn(self.segments, prompt, ids, self.context == "full" and oldest == self._oldest, given)
         self._exchanges.append(Exchange(text, ids, bool(stopped)))
         self._oldest = oldest
         return span
@@ -624,10 +625,13 @@ class Conversation(_Past):
     def add_response(self,
         ids: Sequence[int], # sampled token ids, kept verbatim
         stopped: bool,      # whether the model ended by itself: then the last id is one of `stop_ids`
+        given: Collection[int] = (), # positions of ids that were put there, such as the end of a thought that took too long
     ) -> Span:
         "Take the sampled ids of the pending turn into the rows"
         if self._pending is None: raise ValueError("add_response: there is no prompt to respond to; call add_user first")
-        span = self._take(*self._pending, _checked_ids(ids, stopped, self.stop_ids), stopped)
+        ids = _checked_ids(ids, stopped, self.stop_ids)
+        if not all(0 <= i < len(ids) for i in given): raise ValueError(f"add_response: given={sorted(given)}; expected positions in {len(ids)} ids")
+        span = self._take(*self._pending, ids, stopped, given)
         self._pending = None
         return span
 

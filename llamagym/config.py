@@ -290,6 +290,7 @@ class GenerateConfig(Section):
     top_p: float = option(1.0, "keep the most probable tokens up to this mass; evaluation only", above=0, at_most=1)
     top_k: int = option(0, "keep this many most probable tokens, 0 keeps all; evaluation only", at_least=0)
     length_normalized: bool = option(False, "scored actions: a label counts by the mean of its tokens' log-probabilities instead of their sum")
+    thinking_budget: int|None = option(None, "longest thought, in tokens, of a model that thinks before it answers; then the thought is ended for it. 0 lets it answer at once, None lets it think", at_least=0)
 
     def for_training(self) -> "GenerateConfig":
         "A copy that samples from the full softmax, with one warning if that changes anything"

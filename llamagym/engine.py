@@ -27,6 +27,7 @@ from .cache import OutOfMemory, SlotCache, free_bytes, grown, row_bytes, why_not
 from .config import GenerateConfig
 from .decoder import recorded_length, recorded_rows, reader_of
 from .policy import Policy
+from .thought import Thought
 
 log = logging.getLogger(__name__)
 
@@ -88,12 +89,13 @@ def draw_from(
 @dataclass
 class Sample:
     "One response"
-    ids: list[int]         # sampled ids, the one that stopped it included
-    logprobs: np.ndarray   # [n] float32 nats, under the distribution sampled from
+    ids: list[int]         # of the response, the one that stopped it included
+    logprobs: np.ndarray   # [n] float32 nats, under the distribution sampled from; none for `given` ids
     entropy: np.ndarray    # [n] float32 nats, of that distribution
     stopped: bool          # the model ended it; else it was cut at `max_new_tokens`
     top: list[list[tuple[int, float]]] | None = None # per token: the likeliest alternatives, (id, nats)
     candidate_logprobs: np.ndarray | None = None # [k] float32 nats, where one of k candidates was chosen: `logprobs` and `entropy` are [1] then
+    given: list[int] = field(default_factory=list) # positions of ids that were put there, not sampled
 
 @dataclass(eq=False)
 class Request:
@@ -115,7 +117,9 @@ class _Row:
     shared: int = 0                                     # how many at the beginning are those of the shared prefix
     key: Hashable | None = None                         # whose it is; `None`: free
     request: Request | None = None                      # what it is speaking to, if it is
-    said: list[tuple] = field(default_factory=list)     # per token: log-probability, entropy, alternatives
+    said: list[tuple | None] = field(default_factory=list)     # per token: log-probability, entropy, alternatives; `None` where it was not sampled
+    put: list[int] = field(default_factory=list)        # what it says next, whatever is drawn
+    decided: bool = False                               # whether it thinks, and how long, is no longer a question
     used: int = 0                                       # when it was last asked
     place: int = 0                                      # the table's row that holds it
     uniform: float | None = None                        # the random number for the next token, once it is drawn
@@ -124,7 +128,23 @@ class _Row:
         "Begin to answer; what the row holds of the prompt is kept, but for its last token, whose hidden state is needed"
         known = common_start(self.ids[:self.cached], request.prompt)
         self.hold(list(request.prompt), min(known, len(request.prompt) - 1))
-        self.key, self.request, self.said, self.used, self.uniform = request.key, request, [], now, None
+        self.key, self.request, self.said, self.used, self.uniform, self.put, self.decided = request.key, request, [], now, None, [], False
+
+    def add(self, token: int, said: tuple) -> None:
+        "The next token: the one that was drawn, unless another is put there"
+        if self.put: token, said = self.put.pop(0), None
+        self.ids.append(token); self.said.append(said)
+        self.uniform = None
+
+    def watch(self, thought: Thought, budget: int) -> None:
+        "Before a token is drawn: end a thought whose budget is spent"
+        if self.decided: return
+        n, said = len(self.said), self.ids[len(self.request.prompt):]
+        if tuple(said[-len(thought.close_ids):]) == thought.close_ids: self.decided = True
+        elif budget == 0: self.put, self.decided = list(thought.empty), True
+        elif n == budget:
+            k = min(n, len(thought.open_ids))
+            self.put, self.decided = list(thought.closing) if thought.opened or tuple(said[:k]) == thought.open_ids[:k] else [], True
 
     def begin_again(self) -> None:
         "Forget what is in the table; what was said is kept"
@@ -132,7 +152,7 @@ class _Row:
 
     def chance(self) -> float:
         "The random number for the next token: the same one if memory runs out before the token is there"
-        if self.uniform is None: self.uniform = 0.0 if self.request.greedy else self.request.stream.random()
+        if self.uniform is None: self.uniform = 0.0 if self.request.greedy or self.put else self.request.stream.random()
         return self.uniform
 
     def hold(self, ids: list[int], cached: int) -> None:
@@ -141,9 +161,10 @@ class _Row:
 
     def finish(self, stopped: bool) -> None:
         "Hand over the response"
-        logprobs, entropy, top = zip(*self.said)
+        logprobs, entropy, top = zip(*filter(None, self.said)) if any(self.said) else ((), (), ())
         numbers = (np.array(column, dtype=np.float32) for column in (logprobs, entropy))
-        self.request.sample = Sample(self.ids[-len(self.said):], *numbers, stopped, list(top) if self.request.top else None)
+        given = [i for i, said in enumerate(self.said) if said is None]
+        self.request.sample = Sample(self.ids[-len(self.said):], *numbers, stopped, list(top) if self.request.top else None, given=given)
         self.request = None
         if self.key is None: self.hold([], 0)
 
@@ -353,6 +374,14 @@ def _check_request(name: str, prompt: Sequence[int], stream: np.random.Generator
         raise TypeError(f"the random stream of {name} is a {type(stream).__name__}; expected a numpy Generator, such as np.random.default_rng(seed)")
 
 # %% ../nbs/06_engine.ipynb #11fc7fb1
+def _check_budget(config: GenerateConfig, thought: Thought | None) -> None:
+    "Whether a budget for thoughts leaves room for an answer, and there are thoughts"
+    budget = config.thinking_budget
+    if budget is None: return
+    if thought is None: raise ValueError(f"generate.thinking_budget={budget}, but the chat template knows of no thoughts; leave it out")
+    room = config.max_new_tokens - budget - len(thought.closing if budget else thought.empty)
+    if room < 1: raise ValueError(f"generate.thinking_budget={budget} of max_new_tokens={config.max_new_tokens} leaves no room for an answer; raise generate.max_new_tokens")
+
 def _check_candidates(candidates: Sequence[Sequence[int]], policy: Policy) -> list[list[int]]:
     "Candidates as lists, if there are some, all different, of ids of the vocabulary, and the model can weigh them"
     lists, vocabulary = [list(ids) for ids in candidates], policy.causal_lm.get_input_embeddings().num_embeddings
@@ -438,8 +467,10 @@ class EngineParts:
         truncate: bool = False,    # apply top-p and top-k (evaluation only: a token they give no mass could not be learned from)
         most_idle: int = 64,       # conversations that are kept while they are not being answered
         cache_bytes: int | None = None, # that keys and values may take; default: see `CACHE_SHARE`, on a CPU any number
+        thought: Thought | None = None, # how the model thinks, for `generate.thinking_budget`
     ):
-        self.policy, self.config, self.truncate, self.most_idle = policy, config, truncate, most_idle
+        _check_budget(config, thought)
+        self.policy, self.config, self.truncate, self.most_idle, self.thought = policy, config, truncate, most_idle, thought
         self.stop_ids = np.array(sorted(stop_ids), dtype=np.int64)
         self.table, self.queue, self.now, self.answered = _Table(policy, cache_bytes), deque(), 0, []
         self.most = sys.maxsize    # conversations that are answered at once; fewer after memory ran out
@@ -488,12 +519,12 @@ class EngineParts:
         if self.truncate and self.config.top_k: logits = TopKLogitsWarper(self.config.top_k)(None, logits)
         if self.truncate and self.config.top_p < 1: logits = TopPLogitsWarper(self.config.top_p)(None, logits)
         requests = [row.request for row in rows]
+        if self.thought is not None and self.config.thinking_budget is not None:
+            for row in rows: row.watch(self.thought, self.config.thinking_budget)
         greedy, top = np.array([r.greedy for r in requests]), max(r.top for r in requests)
         drawn = draw_from(logits, np.array([row.chance() for row in rows]), greedy, top, self.truncate)
         alternatives = [list(zip(*pair)) for pair in zip(*drawn.top)] if top else [None] * len(rows)
-        for row, token, *said in zip(rows, drawn.tokens.tolist(), drawn.logprobs.tolist(), drawn.entropy.tolist(), alternatives):
-            row.ids.append(token); row.said.append(said)
-            row.uniform = None
+        for row, token, *said in zip(rows, drawn.tokens.tolist(), drawn.logprobs.tolist(), drawn.entropy.tolist(), alternatives): row.add(token, said)
         self.stats.spoken_tokens += len(rows); self.stats.steps += 1
 
     stats = property(lambda self: self.table.stats, doc="What was done so far, an `EngineStats`")

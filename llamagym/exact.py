@@ -19,7 +19,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from .agent import Candidates, TaskAgent, response_text
-from .chat import window
+from .chat import ChatFormat, window
 from .engine import Sample
 from .env import tabular_model
 from .task import TabularPolicy, Task, basic_strategy, get_task
@@ -188,7 +188,7 @@ def _greedily(
     "Answers to prompts"
     samples = agent.engine.sample(prompts, [None] * len(prompts), greedy=True, candidates=[c and c.ids for c in candidates])
     for (observation, info), sample in zip(shown, samples):
-        reading = agent.words.read(response_text(agent.tokenizer, sample), space)
+        reading = agent.words.read(response_text(ChatFormat.of(agent.tokenizer), sample)[1], space)
         yield sample, reading.action if reading.valid else agent.words.fallback_action(observation, info, space)
 
 def greedy_choices(

@@ -19,7 +19,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 
-from .agent import Agent, Candidates, Dialogue, TaskAgent, cache_bytes, warn_all_invalid
+from .agent import CUT_THOUGHT, Agent, Candidates, Dialogue, TaskAgent, cache_bytes, warn_all_invalid
 from .buffer import Episode, EpisodeBuffer
 from .engine import Engine, Request, Sample
 from .env import episode_seed, from_vector
@@ -86,7 +86,7 @@ class _Slot:
         "Write down what came of the last turn"
         if not math.isfinite(out.reward): raise ValueError(f"reward {out.reward!r}: expected a finite number")
         turn, self.error = self.dialogue.turns[-1], out.error
-        turn.action, turn.reward, turn.valid, turn.invalid_reason = out.action, out.reward, out.valid, out.invalid_reason
+        turn.action, turn.reward, turn.valid, turn.invalid_reason = out.action, out.reward, out.valid, CUT_THOUGHT if not out.valid and turn.cut_thought else out.invalid_reason
         if not out.done: return None
         episode = self.dialogue.close(self.env.observation if out.truncated and not out.terminated else None)
         turn.terminated, turn.truncated = out.terminated, out.truncated and not out.terminated
@@ -261,7 +261,7 @@ def evaluate(
     _check(agent, env)
     seeds = [seeds] if isinstance(seeds, int) else list(seeds)
     if not seeds: raise ValueError("seeds=[]: expected at least one")
-    engine = Engine(agent.policy, agent.engine.stop_ids.tolist(), agent.config.generate, truncate=True, cache_bytes=cache_bytes(agent.config))
+    engine = Engine(agent.policy, agent.engine.stop_ids.tolist(), agent.config.generate, truncate=True, cache_bytes=cache_bytes(agent.config), thought=agent.engine.thought)
     success = agent.task(env).success
     def play(greedy):
         greedy = greedy or not agent.config.generate.do_sample

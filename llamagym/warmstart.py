@@ -26,6 +26,7 @@ from .credit import return_to_go
 from .extras import require
 from .policy import Policy
 from .rows import read_rows
+from .thought import answer_ids
 
 # %% ../nbs/11_warmstart.ipynb #9ec80f02
 def from_messages(
@@ -58,7 +59,7 @@ def encode(
     turns = []
     for turn in episode.turns:
         conversation.add_user(turn.observation)
-        ids, stopped = conversation.format.response(turn.response)
+        ids, stopped = answer_ids(conversation.format, turn.response)
         span = conversation.add_response(ids, stopped)
         turns.append(dataclasses.replace(turn, response_ids=ids, segment=span.segment, start=span.start, stopped=stopped))
     return dataclasses.replace(episode, turns=turns, segments=conversation.segments, system_prompt=conversation.system_prompt)
