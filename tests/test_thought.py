@@ -94,7 +94,7 @@ def test_thought_and_answer(opened, special):
 
 
 @pytest.mark.parametrize("opened", [False, True])
-@pytest.mark.parametrize("family", ["llama", "gemma2"])
+@pytest.mark.parametrize("family", ["llama", "phi3"])
 def test_thought_ends_where_its_budget_is_spent(opened, family):
     """What is put there is the end of a thought, at its place; what is sampled behind it has the learner's log-probabilities, whatever the company"""
     policy = thinking_policy(opened, family)
