@@ -327,7 +327,9 @@ def _load_parquet(path: Path) -> list[Episode]:
             if version is None: raise ValueError(f"{path} holds no episodes")
             if version != _VERSION:
                 raise ValueError(f"{path} is of format {version.decode()}, this version reads {_VERSION.decode()}: install the one that wrote it")
-            return [_episode_of(row) for batch in file.iter_batches(batch_size=256) for row in batch.to_pylist()]
+            episodes = [_episode_of(row) for batch in file.iter_batches(batch_size=256) for row in batch.to_pylist()]
+            if len(episodes) != file.metadata.num_rows: raise KeyError(f"{len(episodes)} of {file.metadata.num_rows} rows are there")    # a page's header has no checksum
+            return episodes
     except (pa.ArrowException, OSError, KeyError, TypeError) as e: raise ValueError(f"{path} is not a Parquet file, or is damaged: {e}") from e
 
 # %% ../nbs/02_buffer.ipynb #d5f09a30

@@ -455,7 +455,7 @@ def test_bad_input_sessions_that_cannot_be_copied(policy):
         (dict(num_envs=0), ValueError, "num_envs=0: expected a whole number of at least 1"),
         (dict(num_envs="4"), ValueError, "num_envs='4': expected a whole number of at least 1"),
     ],
-    ids=str,
+    ids=lambda value: re.sub(" at 0x[0-9a-f]+", "", str(value)),
 )
 def test_bad_input_collect_and_evaluate(policy, arguments, kind, message):
     arguments = dict(agent=plain_agent(policy), env=Walk, episodes=2) | arguments
