@@ -312,3 +312,55 @@ def test_a_learner_of_4_bit_weights_has_no_copy_of_them():
     assert trained == {id(p) for p in [*policy.parameters(), *policy.value_head.parameters()]}
     embeddings, head = policy.causal_lm.get_input_embeddings().weight, policy.causal_lm.get_output_embeddings().weight
     assert embeddings.dtype == policy.causal_lm.dtype and (head is embeddings) == policy.causal_lm.config.tie_word_embeddings
+
+
+# float16
+
+
+def test_qlora_gradients_in_half_precision_are_not_lost():
+    """The update of a policy in float16 against the same one in float32: with scaled losses they go the same way; without, a gradient this small is gone"""
+    found, kept = {}, []
+    for dtype in ("float32", "float16"):
+        for scaled in (True, False):
+            policy = Policy.load("tiny", lora=LoRAConfig(r=8), dtype=dtype, device="cpu")
+            shake(policy.parameters())
+            agent = lake_agent(policy, max_steps=4, ppo__vf_coef=0.0, ppo__kl_coef=0.0, ppo__epochs=1, ppo__mini_batch_size=1000, ppo__max_grad_norm=1e9)
+            learner = agent.learner
+            if not scaled:
+                learner.loss_scale.factor = 1.0
+            if not kept:
+                kept.append(rewarded(agent))
+            episodes, = kept
+            reference = learner.annotate(episodes)
+            for turn in episodes.turns:
+                turn.advantage, turn.returns = 1e-5 * turn.reward, 0.0
+            learner.optimizer.step = lambda: None
+            learner.optimizer.zero_grad = lambda set_to_none=True: None
+            for p in policy.parameters():
+                p.grad = None
+            learner.update(Batch.from_episodes(episodes), reference)
+            found[dtype, scaled] = torch.cat([p.grad.flatten().float() for p in policy.parameters()])
+    exact = found["float32", True]
+    assert torch.equal(exact, found["float32", False])  # nothing is scaled there
+
+    def off(a):
+        return ((a - exact).norm() / exact.norm()).item()
+
+    assert off(found["float16", True]) < 0.1 and off(found["float16", False]) > 3 * off(found["float16", True])
+
+
+def test_qlora_an_overflow_halves_the_scale_and_changes_nothing():
+    """A scale that is far too large: the step is begun again until it fits, and the update is that of a scale that fits"""
+    results = []
+    for begin in (2.0**10, 2.0**40):
+        policy = Policy.load("tiny", lora=LoRAConfig(r=8), dtype="float16", device="cpu")
+        shake(policy.parameters())
+        agent = lake_agent(policy, max_steps=4, ppo__epochs=1)
+        agent.learner.loss_scale.most = agent.learner.loss_scale.factor = begin
+        stats = agent.learner.learn(rewarded(agent))
+        stats.pop("tokens_per_second")
+        results.append((agent.learner.loss_scale.factor, stats, torch.cat([p.detach().flatten() for p in policy.parameters()])))
+    (small, stats, weights), (large, again, theirs) = results
+    assert small == 2.0**10 < large < 2.0**40
+    assert again == pytest.approx(stats, rel=2e-2, abs=1e-3)
+    assert (weights - theirs).norm() < 1e-2 * weights.norm()
