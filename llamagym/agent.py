@@ -213,7 +213,7 @@ def cache_bytes(
     config: Config,
 ) -> int | None:
     "What an engine may keep, as `rollout.cache_gb` says"
-    return None if config.rollout.cache_gb is None else round(config.rollout.cache_gb * 10**9)
+    return None if config.rollout.cache_gb is None else max(1, round(config.rollout.cache_gb * 10**9))
 
 def _share(model, tokenizer, device, generate_config_dict, ppo_config_dict, config: Config | None) -> _Shared:
     "Put together what an agent is made of; the arguments are `Agent`'s"

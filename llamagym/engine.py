@@ -277,7 +277,7 @@ class _Table:
     def most_rows(self, longest: int) -> int:
         "Conversations that there is room for, if the longest has so many tokens; one at least"
         recorded, layers = self.policy.device.type == "cuda", len(self.cache.layers)
-        capacity = grown((recorded_length(longest) if recorded else longest) + 1)
+        capacity = max(self.cache.capacity, grown((recorded_length(longest) if recorded else longest) + 1))
         # a row is for the prefix, and a layer's tables are there twice while they grow
         most = max(1, int(self.room * layers / (layers + 1)) // row_bytes(self.policy.causal_lm.config, self.policy.causal_lm.dtype, capacity) - 1)
         while recorded and recorded_rows(most) > most: most -= 1

@@ -15,8 +15,8 @@ import re
 import weakref
 
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass, field, replace
 from contextlib import nullcontext
+from dataclasses import astuple, dataclass, field, replace
 from functools import cached_property, lru_cache
 from typing import Any
 
@@ -222,7 +222,7 @@ class Passes:
     @cached_property
     def opened(self) -> int:
         "Bytes of the largest matrix in 4 bits where it is used, one at a time"
-        return max(weight.nbytes for weight in in_4_bits(skeleton(self.config, self.dtype, 2)))
+        return max((weight.nbytes for weight in in_4_bits(skeleton(self.config, self.dtype, 2))), default=0)
 
     def _policy(self, layers: int | None = None) -> Policy:
         "A policy without numbers, of some or all of the layers"
@@ -288,9 +288,7 @@ def mask_bytes(
 ) -> int:
     "What the masks of prompts take that are read behind conversations, repeated for the query heads of a key's"
     text, start = config.get_text_config(), max(0, context - tokens)
-    with LiveBytes() as live:
-        positions = torch.empty(rows, tokens, dtype=torch.long, device="meta")
-        masks = attention_masks(text, positions, start + tokens, dtype)
+    with LiveBytes() as live: attention_masks(text, torch.empty(rows, tokens, dtype=torch.long, device="meta"), start + tokens, dtype)
     group = text.num_attention_heads // (getattr(text, "num_key_value_heads", None) or text.num_attention_heads)
     return live.peak + (rows * tokens * (start + tokens) * group * dtype.itemsize if group > 1 else 0)
 
