@@ -303,6 +303,12 @@ def notebook_paths(notebooks: Path) -> list[Path]:
     return [p for p in paths if not any(part[0] in "._" or part == "runs" for part in p.parts)]
 
 
+def picture_paths(notebooks: Path) -> list[Path]:
+    "Pictures that notebooks show, relative to the notebooks' folder"
+    folders = {path.parent for path in notebook_paths(notebooks)}
+    return sorted(path.relative_to(notebooks) for folder in folders for path in (notebooks / folder).glob("*.svg"))
+
+
 def page_name(notebook: Path) -> str:
     "The name of a notebook's page: its path in nbs/ without the ordering number"
     return notebook.with_name(re.sub(r"^\d+[a-z]?_", "", notebook.stem)).as_posix()
@@ -451,6 +457,8 @@ class Pages:
             target = folder / f"{page}.ipynb"
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_text(json.dumps(book), encoding="utf-8")
+        for path in picture_paths(self.notebooks):
+            shutil.copyfile(self.notebooks / path, folder / path)
 
     def contents(self) -> str:
         "The table of contents, in the notebooks' order"
@@ -546,7 +554,7 @@ def fingerprint(notebooks: Path = ROOT / "nbs", package: Path = ROOT / PACKAGE) 
     "A digest of everything a site is made from"
     digest = hashlib.sha256()
     own = [ROOT / "CHANGELOG.md", ROOT / "settings.ini", *(ROOT / "scripts").rglob("*.*")]
-    for path in sorted([*(notebooks / p for p in notebook_paths(notebooks)), *package.glob("*.py"), *own]):
+    for path in sorted([*(notebooks / p for p in [*notebook_paths(notebooks), *picture_paths(notebooks)]), *package.glob("*.py"), *own]):
         if "__pycache__" not in path.parts:
             digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()
