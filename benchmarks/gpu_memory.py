@@ -86,7 +86,6 @@ def task_of(turns: int, tokens: int) -> Task:
 
 def watched(phase: str, step: Callable[[], object]) -> tuple[object, dict]:
     """What a function returns, `None` where memory ran out; its wall seconds, and the allocator's peaks in GB"""
-    gc.collect()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     torch.cuda.synchronize()

@@ -118,6 +118,11 @@ class SlotCache(Cache):
     @property
     def nbytes(self) -> int: return sum(table.nbytes for table in self.tables())
 
+    def release(self) -> None:
+        "Let go of all keys and values now: layers and cache know each other, and would be collected some day"
+        for layer in self.layers: layer.keys = layer.values = None; layer.is_initialized = False
+        self.num_rows = self.capacity = 0
+
     def move(self,
         sources: list[int], # rows
         targets: list[int], # rows that take their places, all different
@@ -264,6 +269,7 @@ def _try(model: PreTrainedModel) -> str | None:
     rows = _probe_rows(model, _probe_lengths(config))
     whole = _alone(model, rows)
     try: pieces = _read_in_pieces(model, rows)
+    except torch.OutOfMemoryError: raise     # says nothing about the model
     except Exception as error: return f"{type(error).__name__}: {error}"   # foreign code, made for other caches
     gap = apart(pieces, whole)
     return None if gap <= rounding(model) else f"its hidden states lie apart by {gap:.2g} of their norm"

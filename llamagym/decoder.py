@@ -10,6 +10,7 @@ __all__ = ['log', 'MERGE_BYTES', 'RECORD_AFTER', 'RECORD_LENGTH', 'DECODED', 'Jo
 # %% ../nbs/06_decoder.ipynb #ea84902d
 import copy
 import logging
+import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -234,6 +235,9 @@ class Decoder:
         "Logits of hidden states"
         return self.head(hidden).float()
 
+    def forget(self) -> None:
+        "Nothing is remembered between calls"
+
 # %% ../nbs/06_decoder.ipynb #9b9e67b1
 RECORD_AFTER = 16     # steps of a size that are taken before one is recorded
 RECORD_LENGTH = 256   # positions that lengths are rounded up to
@@ -292,7 +296,12 @@ class GraphDecoder(Decoder):
         record: Callable[..., Callable] = cuda_graph, # makes a step faster
     ):
         super().__init__(model)
-        self.record, self.seen, self.tables = record, Counter(), []
+        self.record, self.seen = record, Counter()
+        self.forget()
+
+    def forget(self) -> None:
+        "Let go of all recorded steps"
+        self.steps, self.tables, self.pool = {}, [], None    # weak references to what the steps read and write: a table that has grown is to be gone
 
     def read(self, cache: SlotCache, ids: Tensor, first: int, starts: np.ndarray, last: Tensor, shared: int = 0) -> Tensor:
         "The hidden state of the last new token of each row; see `Decoder.read`"
@@ -302,11 +311,13 @@ class GraphDecoder(Decoder):
         if self.record is None or ids.shape[1] > 1 or self.seen[size] <= RECORD_AFTER: return super().read(cache, ids, first, starts, last, shared)
         cache.reserve(first + rows, length + 1)
         tables = cache.tables()
-        if len(tables) != len(self.tables) or any(a is not b for a, b in zip(tables, self.tables)):
-            self.steps, self.tables = {}, tables
+        if len(tables) != len(self.tables) or any(a is not b() for a, b in zip(tables, self.tables)):
+            self.forget()
+            self.tables = [weakref.ref(table) for table in tables]
             self.pool = torch.cuda.graph_pool_handle() if self.model.device.type == "cuda" else None    # one whose graphs are gone is gone
         if size not in self.steps:
             try: self.steps[size] = _Recorded(self, cache, *size, self.record, self.pool)
+            except torch.OutOfMemoryError: raise
             except RuntimeError as error:    # modules may be anybody's
                 log.warning("the steps of %s are not recorded: %s", type(self.model).__name__, error)
                 self.record = None
@@ -329,6 +340,9 @@ class ModelReader:
     def logits(self, hidden: Tensor) -> Tensor:
         "Logits [N, V], in float32, of hidden states [N, H]"
         return head_logits(self.model, hidden)
+
+    def forget(self) -> None:
+        "Nothing is remembered between calls"
 
 # %% ../nbs/06_decoder.ipynb #800ff358
 DECODED = ("llama", "mistral", "qwen2", "qwen3")   # model types
@@ -355,6 +369,7 @@ def _agree(model: PreTrainedModel) -> bool:
     rows = [torch.randint(config.vocab_size, (n + (window if window and window <= 256 else 0),), generator=generator) for n in (9, 12)]
     rows[1][:shared] = rows[0][:shared]
     try: ours = _say(Decoder(model), rows, shared)
+    except torch.OutOfMemoryError: raise     # says nothing about the model
     except Exception as error:    # modules may be anybody's
         log.debug("%s is read by its own modules: %r", type(model).__name__, error)
         return False

@@ -136,15 +136,13 @@ class _Row:
         self.ids.append(token); self.said.append(said)
         self.uniform = None
 
-    def watch(self, thought: Thought, budget: int) -> None:
+    def watch(self, thought: Thought, budget: int, decode: Callable[[list[int]], str]) -> None:
         "Before a token is drawn: end a thought whose budget is spent"
-        if self.decided: return
-        n, said = len(self.said), self.ids[len(self.request.prompt):]
-        if tuple(said[-len(thought.close_ids):]) == thought.close_ids: self.decided = True
-        elif budget == 0: self.put, self.decided = list(thought.empty), True
-        elif n == budget:
-            k = min(n, len(thought.open_ids))
-            self.put, self.decided = list(thought.closing) if thought.opened or tuple(said[:k]) == thought.open_ids[:k] else [], True
+        n = len(self.said)
+        if self.decided or n < budget: return
+        said, k, self.decided = self.ids[len(self.ids) - n:], min(n, len(thought.open_ids)), True
+        if n == 0: self.put = list(thought.empty)
+        elif (thought.opened or tuple(said[:k]) == thought.open_ids[:k]) and thought.close not in decode(said): self.put = list(thought.closing)
 
     def begin_again(self) -> None:
         "Forget what is in the table; what was said is kept"
@@ -257,7 +255,11 @@ class _Table:
 
     def drop(self, most: int = sys.maxsize) -> None:
         "Forget all keys and values; what is being answered will be read again, conversations beyond `most` later"
-        live = self.rows.rows[:self.rows.live] if hasattr(self, "rows") else []
+        live = []
+        if hasattr(self, "rows"):
+            live = self.rows.rows[:self.rows.live]
+            self.cache.release()
+            if self.reader is not None: self.reader.forget()
         self.cache = SlotCache(self.policy.causal_lm.config.get_text_config().num_hidden_layers)
         self.rows, self.prefix, self.before, self.version, self.reader = _Rows(self.cache), [], [], None, None
         self.weighed, self._room = _Weighed(), None
@@ -490,6 +492,7 @@ class EngineParts:
         if len(table.rows.rows) > most:
             table.drop(most)
             table.keep_up()
+            most = self._most_rows()    # by what is free while the table is empty
         rows = table.rows
         while (table.aside or self.queue) and rows.live < most:
             head = table.aside[0].request if table.aside else self.queue[0]
@@ -520,7 +523,7 @@ class EngineParts:
         if self.truncate and self.config.top_p < 1: logits = TopPLogitsWarper(self.config.top_p)(None, logits)
         requests = [row.request for row in rows]
         if self.thought is not None and self.config.thinking_budget is not None:
-            for row in rows: row.watch(self.thought, self.config.thinking_budget)
+            for row in rows: row.watch(self.thought, self.config.thinking_budget, self.policy.tokenizer.decode)
         greedy, top = np.array([r.greedy for r in requests]), max(r.top for r in requests)
         drawn = draw_from(logits, np.array([row.chance() for row in rows]), greedy, top, self.truncate)
         alternatives = [list(zip(*pair)) for pair in zip(*drawn.top)] if top else [None] * len(rows)

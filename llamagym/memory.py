@@ -446,7 +446,7 @@ def _parts(passes: Passes, config: Config, turns: int, tokens: int) -> tuple[Par
           [("reference", base, "always", "a frozen copy of the model")]),
         ("optimiser", optimizer_bytes(trained, optimizer), "always", f"two moments of each trained weight, in {'8 bits' if optimizer == 'adamw_8bit' else 'float32'}"),
         ("overhead", OVERHEAD, "always", "an allowance for the CUDA context and what the allocator can't use"),
-        ("keys and values", cache_bytes(passes.config, dtype, envs, context), "playing", f"{envs} + 1 rows of {context:,} tokens"),
+        ("keys and values", min(cache_bytes(passes.config, dtype, envs, context), 10**9 * (c.rollout.cache_gb or math.inf)), "playing", f"{envs} + 1 rows of {context:,} tokens"),
         ("reading prompts", there.peak + mask_bytes(passes.config, dtype, first, tokens, context) + opened, "playing", f"{first * tokens:,} tokens at once, without a gradient"),
         ("drawing", 16 * envs * vocabulary, "playing", f"distributions over {vocabulary:,} words for {envs} replies"),
         ("gradients", 4 * sum(trained), "learning", "one of each trained weight"),

@@ -128,14 +128,19 @@ def _require_finite(numbers: Sequence[Tensor], where: str, batch: Batch, folder:
 def _all_or_nothing(optimizer: torch.optim.Optimizer, generator: torch.Generator, others: Iterable[Tensor] = ()) -> Iterator[None]:
     "Whatever stops the block halfway, an interrupt too, leaves what is trained, its moments, other tensors and the random order as they were"
     trained = [*(p for group in optimizer.param_groups for p in group["params"]), *others]
-    before, moments = tree_map(lambda x: x.detach().to("cpu", copy=True) if isinstance(x, Tensor) else x, (trained, optimizer.state_dict()))
+    everything = trained, [dict(optimizer.state.get(p, {})) for p in trained]
+    before, moments = tree_map(lambda x: x.detach().to("cpu", copy=True) if isinstance(x, Tensor) else x, everything)
     order = generator.get_state()
     try: yield
     except BaseException:
         with torch.no_grad():
             for p, old in zip(trained, before): p.copy_(old)
+            for p, state in zip(trained, moments):    # into the tensors that are there: those of an 8-bit optimiser may be in memory of its own
+                if not state: optimizer.state.pop(p, None)
+                for name, old in state.items():
+                    if isinstance(old, Tensor): optimizer.state[p][name].copy_(old)
+                    else: optimizer.state[p][name] = old
         optimizer.zero_grad(set_to_none=True)
-        optimizer.load_state_dict(moments)
         generator.set_state(order)
         raise
 
@@ -195,7 +200,7 @@ def _step(optimizer: torch.optim.Optimizer, losses: Iterable[Tensor], max_grad_n
 
 # %% ../nbs/07_ppo.ipynb #aef2567d
 class LossScale:
-    "What losses are multiplied by on their way back: 1, except for weights in float16"
+    "What losses are multiplied by on their way back: 1, except through weights in float16"
     def __init__(self,
         dtype: torch.dtype, # of the weights
         grows_after: int = 200, # steps without an overflow
@@ -203,17 +208,29 @@ class LossScale:
         self.most = self.factor = 2.0**16 if dtype == torch.float16 else 1.0
         self.grows_after, self.steps = grows_after, 0
 
+    @classmethod
+    def of(cls,
+        policy: Policy,
+    ) -> "LossScale":
+        "That of a policy. Weights that are trained themselves in float16 have gradients of that type, which would be lost anyhow"
+        apart = all(p.dtype == torch.float32 for p in policy.parameters())
+        return cls(policy.causal_lm.dtype if apart else torch.float32)
+
     def within(self,
         work: Callable[[float], Any], # is given the scale; raises `Overflow` where that is too large
         undo: Callable[[], None],     # what was begun
     ) -> Any: # what `work` returns
-        "Do work, and again with half the scale as long as it overflows"
+        "Do work, and again with half the scale as long as it overflows. What else it raises leaves the scale as it was"
+        begun = self.factor, self.steps
         while True:
             try: result = work(self.factor)
             except Overflow:
                 undo()
                 self.factor, self.steps = max(1.0, self.factor / 2), 0
                 continue
+            except BaseException:
+                self.factor, self.steps = begun
+                raise
             self.steps += 1
             if self.steps % self.grows_after == 0: self.factor = min(self.most, 2 * self.factor)
             return result
@@ -296,7 +313,7 @@ class PPOParts:
                 raise TypeError(f"{name} is a {type(value).__name__}; expected a {kind.__name__}")
         self.policy, self.config, self.credit, self.temperature = policy, config or PPOConfig(), credit or CreditConfig(), temperature
         self.kl_coef, self.failure_dir, self.length_normalized = self.config.kl_coef, Path(failure_dir), length_normalized
-        self.budget, self.loss_scale = TokenBudget(self.config.token_budget), LossScale(policy.causal_lm.dtype)
+        self.budget, self.loss_scale = TokenBudget(self.config.token_budget), LossScale.of(policy)
         self.algorithm = as_algorithm(self.credit.algorithm if algorithm is None else algorithm)
         self.generator = torch.Generator().manual_seed(seed)
         self.updates = 0    # made so far
@@ -415,7 +432,7 @@ class PPO(PPOLoss):
         "Gradient steps on one batch. Raises `NonFiniteLoss`. Whatever stops it halfway, an interrupt too, leaves all as it was"
         c, critic, per_token = self.config, self.algorithm.needs_critic, self.algorithm.per_token
         log, check = StatLog(batch, per_token), partial(_require_finite, batch=batch, folder=self.failure_dir)
-        with _all_or_nothing(self.optimizer, self.generator, self.policy.value_head.buffers()), gradient_checkpointing(self.policy, c.gradient_checkpointing, c.offload_activations):
+        with _all_or_nothing(self.optimizer, self.generator, self.policy.value_head.buffers()):
             began = time.perf_counter()
             self.optimizer.zero_grad(set_to_none=True)
             targets = [batch.token_returns, batch.token_values] if per_token else [batch.returns, batch.values][:1 + critic]
@@ -424,10 +441,11 @@ class PPO(PPOLoss):
                 logprobs = self.budget.within(partial(learner_logprobs, self.policy, batch, self.temperature, self.length_normalized))
                 batch, log.gap = _corrected(batch, logprobs.cpu(), c.importance_cap)
             if critic and c.normalize_returns: self.policy.value_head.rescale((batch.token_returns if per_token else batch.returns).to(self.policy.device))
-            for epoch, mini, count in self.steps(batch, log):
-                norm = self.step(epoch, mini, batch, reference, count, log, check)
-                if norm is None: break
-                log.steps.append(norm)
+            with gradient_checkpointing(self.policy, c.gradient_checkpointing, c.offload_activations):
+                for epoch, mini, count in self.steps(batch, log):
+                    norm = self.step(epoch, mini, batch, reference, count, log, check)
+                    if norm is None: break
+                    log.steps.append(norm)
             epochs, seconds = len(log.steps) / count, time.perf_counter() - began
             blank = {} if critic else dict.fromkeys(("value_loss", "explained_variance"), 0.0)
             stats = log.summary() | blank | dict(kl_coef=self.kl_coef, epochs=epochs, tokens_per_second=epochs * sum(map(len, batch.rows)) / seconds)

@@ -159,15 +159,16 @@ class OnHost(saved_tensors_hooks):
 
     def pack(self, t: Tensor) -> Any:
         "What autograd keeps instead of a tensor"
-        if t.nbytes < SENT_BYTES or t.untyped_storage()._cdata in self.own: return t
+        small = t[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in t.stride())] if 0 in t.stride() else t    # of what is there once and seen often
+        if small.nbytes < SENT_BYTES or t.untyped_storage()._cdata in self.own: return t
         def who(t): return t.untyped_storage()._cdata, t.storage_offset(), t.shape, t.stride(), t.dtype, t._version
         for other, sent in self.recent:
             if who(other) == who(t): return sent
-        sent = self.send(t)
+        sent = self.send(small), t.shape
         self.recent.append((t.detach(), sent))
         return sent
 
-    def unpack(self, kept: Any) -> Tensor: return kept if isinstance(kept, Tensor) else self.fetch(kept)
+    def unpack(self, kept: Any) -> Tensor: return kept if isinstance(kept, Tensor) else self.fetch(kept[0]).expand(kept[1])
 
     def send(self, t: Tensor) -> tuple[torch.device, Tensor]:
         "A copy on the host, and where it came from"

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from .chat import ChatFormat, chat_messages, encode_after
+from .chat import ChatFormat, chat_messages, cut_markers, encode_after, encode_pieces
 
 # %% ../nbs/02_thought.ipynb #a615f014
 THOUGHTS = (("<think>", "</think>"), ("<seed:think>", "</seed:think>"), ("[THINK]", "[/THINK]"), ("<|START_THINKING|>", "<|END_THINKING|>"), ("<thought>", "</thought>"))
@@ -59,12 +59,19 @@ def divide(
     begun = thought.opened or ids[:len(thought.open_ids)] == thought.open_ids or answer.lstrip().startswith(thought.open)
     return (clean(answer), "") if begun else (None, answer)
 
-# %% ../nbs/02_thought.ipynb #55229474
+# %% ../nbs/02_thought.ipynb #d92e438f
 def answer_ids(
-    format: ChatFormat, # of the conversation
-    text: str,          # what is answered
+    format: ChatFormat,         # of the conversation
+    text: str,                  # what is answered; a thought may stand before it
+    thought: str | None = None, # what was thought before
 ) -> tuple[list[int], bool]: # ids, and whether a stop id ends them
-    "`ChatFormat.response`, behind an empty thought where the prompt opens one"
+    "`ChatFormat.response`, behind its thought"
+    way = thought_of(format)
+    if way is None: return format.response(text)
+    if thought is None and way.close in text:
+        thought, _, text = text.rpartition(way.close)
+        thought, text = thought.strip().removeprefix(way.open).strip(), text.lstrip()
     ids, stopped = format.response(text)
-    thought = thought_of(format)
-    return ([*thought.empty, *ids] if thought is not None and thought.opened else ids), stopped
+    if thought is None: return [*(way.empty if way.opened else ()), *ids], stopped
+    begin = [] if way.opened else encode_after(format.tokenizer, f"{way.open}\n")
+    return [*begin, *encode_pieces(format.tokenizer, cut_markers(thought, format.pattern), begin=False), *way.closing, *ids], stopped

@@ -140,7 +140,8 @@ def save_learner(
     tensors = {name: torch.as_tensor(value).cpu().clone(memory_format=torch.contiguous_format) for name, value in state.items()}    # 8-bit moments share their tables
     save_file(tensors | {"generator": learner.generator.get_state()}, folder/"learner.safetensors")
     (folder/"learner.json").write_text(json.dumps(dict(kl_coef=learner.kl_coef, updates=learner.updates, rates=[g["lr"] for g in learner.optimizer.param_groups],
-                                                       optimizer=optimizer_kind(learner.policy, learner.config))))
+                                                       optimizer=optimizer_kind(learner.policy, learner.config),
+                                                       loss_scale=[learner.loss_scale.factor, learner.loss_scale.steps])))
 
 def load_learner(
     learner: PPO, # to restore
@@ -159,6 +160,7 @@ def load_learner(
     learner.optimizer.load_state_dict(optimizer)
     for group, rate in zip(learner.optimizer.param_groups, meta["rates"]): group["lr"] = rate
     learner.kl_coef, learner.updates = meta["kl_coef"], meta["updates"]
+    if "loss_scale" in meta: learner.loss_scale.factor, learner.loss_scale.steps = meta["loss_scale"]
 
 # %% ../nbs/12_trainer.ipynb #7f03b617
 def _write_checkpoint(folder: Path, agent: Agent, counters: dict[str, Any]) -> None:

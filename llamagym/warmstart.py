@@ -59,9 +59,10 @@ def encode(
     turns = []
     for turn in episode.turns:
         conversation.add_user(turn.observation)
-        ids, stopped = answer_ids(conversation.format, turn.response)
+        ids, stopped = answer_ids(conversation.format, turn.response, turn.thought)
         span = conversation.add_response(ids, stopped)
-        turns.append(dataclasses.replace(turn, response_ids=ids, segment=span.segment, start=span.start, stopped=stopped))
+        sampled = dict.fromkeys(("logprobs", "entropy", "ref_logprobs", "values", "token_advantages", "token_returns", "top_alternatives", "given"))    # of other ids
+        turns.append(dataclasses.replace(turn, response_ids=ids, segment=span.segment, start=span.start, stopped=stopped, **sampled))
     return dataclasses.replace(episode, turns=turns, segments=conversation.segments, system_prompt=conversation.system_prompt)
 
 def transcripts(

@@ -1,11 +1,15 @@
 """What makes a run fit: moments in 8 bits, activations on the host, a bounded table, memory that runs out, no distribution held whole."""
 
+import gc
+import weakref
+
 import numpy as np
 import pytest
 import torch
 from doubles import lake_agent, make_policy, shake
 from transformers import AutoModelForCausalLM, MambaConfig
 
+import llamagym.decoder
 import llamagym.engine
 import llamagym.passes
 import llamagym.rows
@@ -17,7 +21,7 @@ from llamagym.engine import Engine
 from llamagym.memory import LiveBytes, Passes, optimizer_bytes, plan
 from llamagym.passes import annotate, loss_terms
 from llamagym.policy import Policy, add_lora
-from llamagym.ppo import PPO, make_optimizer, optimizer_kind
+from llamagym.ppo import PPO, LossScale, NonFiniteLoss, make_optimizer, optimizer_kind
 from llamagym.rollout import collect
 from llamagym.rows import OnHost, gradient_checkpointing, kept_on_host
 from llamagym.tiny import tiny_config, tiny_model, tiny_tokenizer
@@ -161,6 +165,37 @@ def test_qlora_plan_knows_what_the_host_takes():
     assert "on the host" in str(found) and "on the host" not in str(found.with_options({"ppo.offload_activations": False}))
 
 
+def test_qlora_what_is_seen_often_is_sent_once(monkeypatch):
+    """An expanded tensor: its numbers, not its shape"""
+    monkeypatch.setattr(llamagym.rows, "SENT_BYTES", 0)
+    a, b = torch.randn(3, 1, 5).requires_grad_(), torch.randn(3, 4, 5).requires_grad_()
+    sent, found = [], []
+    for host in (False, True):
+        a.grad = b.grad = None
+        context = OnHost(torch.nn.Identity())
+        context.send = lambda t, context=context: (sent.append(t.nbytes), OnHost.send(context, t))[1]
+        wide = a.detach().expand(3, 4, 5)
+        if host:
+            with context:
+                out = (b * wide).sum()
+        else:
+            out = (b * wide).sum()
+        out.backward()
+        found.append(b.grad.clone())
+    assert torch.equal(*found) and sum(sent) == 4 * 15
+
+
+def test_qlora_importance_weights_are_read_as_without_checkpointing():
+    """... where rows share a beginning, which checkpointed layers would not see"""
+    results = []
+    for again in (False, True):
+        agent = lake_agent(make_policy("lora"), max_steps=3, ppo__importance_cap=2.0, ppo__gradient_checkpointing=again, ppo__offload_activations=again)
+        stats = agent.learner.learn(rewarded(agent))
+        stats.pop("tokens_per_second")
+        results.append(stats)
+    assert results[0]["logprob_gap"] < 1e-4 and results[1] == pytest.approx(results[0], rel=1e-3, abs=1e-5)
+
+
 # no distribution is held whole
 
 
@@ -302,6 +337,48 @@ def test_memory_that_a_gpu_has_free_bounds_the_table(monkeypatch):
     assert len(asked) == 2
 
 
+def test_memory_of_a_dropped_table_is_free_at_once():
+    """Without waiting for the collector of cycles; what a recorded step held is gone too, and so is the old table when it grows"""
+    policy = make_policy("lora")
+    engine = Engine(policy, {2}, GenerateConfig(max_new_tokens=40))
+    engine.table.keep_up()
+    reader = engine.table.reader = llamagym.decoder.GraphDecoder(policy.causal_lm, record=lambda step, pool: step)
+    gc.collect()
+    gc.disable()
+    try:
+        engine.sample([[1, 30 + i] for i in range(4)], [np.random.default_rng(i) for i in range(4)], keys=list(range(4)))
+        assert reader.steps
+        small = [weakref.ref(t) for t in engine.table.cache.tables()]
+        engine.sample([[1, *range(30, 330)]], [np.random.default_rng(9)], keys=[0])
+        assert not any(t() is not None for t in small)
+        tables = [weakref.ref(t) for t in engine.table.cache.tables()]
+        assert len(tables) == len(small) and all(t() is not None for t in tables)
+        engine.drop()
+        assert not any(t() is not None for t in tables) and engine.nbytes == 0
+    finally:
+        gc.enable()
+
+
+def test_memory_bound_settles_while_conversations_grow(monkeypatch):
+    """A GPU whose free memory is what the table leaves: conversations that grow are set aside once a growth, not again and again"""
+    policy, drops = make_policy("lora"), []
+    one = row_bytes(policy.causal_lm.config, torch.float32, 128)
+    engine = Engine(policy, (), GenerateConfig(max_new_tokens=300))
+    monkeypatch.setattr(llamagym.engine, "free_bytes", lambda device: 60 * one - engine.nbytes)
+    real = engine.table.drop
+    engine.table.drop = lambda most=10**9: (drops.append(most), real(most))[1]
+    requests = [engine.submit([1, 30 + i], np.random.default_rng(i)) for i in range(40)]
+    live = []
+    while engine.busy:
+        engine.step()
+        live.append(engine.table.rows.live)
+    assert all(len(r.sample.ids) == 300 for r in requests)
+    sizes = {grown(n + 2) for n in range(2, 303)}
+    assert len(drops) <= 2 * len(sizes) and drops == sorted(drops, reverse=True)
+    layers = policy.causal_lm.config.num_hidden_layers
+    assert max(live) == int(0.8 * 60 * layers / (layers + 1)) - 1 and min(drops) >= int(0.8 * 60 * 128 / max(sizes) * layers / (layers + 1)) - 1
+
+
 def test_a_learner_of_4_bit_weights_has_no_copy_of_them():
     """The tensors that an update makes are small beside the weights in float32: no float32 copy of head or embeddings, none of the 4-bit matrices"""
     policy = make_policy("nf4")
@@ -364,3 +441,34 @@ def test_qlora_an_overflow_halves_the_scale_and_changes_nothing():
     assert small == 2.0**10 < large < 2.0**40
     assert again == pytest.approx(stats, rel=2e-2, abs=1e-3)
     assert (weights - theirs).norm() < 1e-2 * weights.norm()
+
+
+def test_qlora_a_gradient_that_fits_no_scale_leaves_the_scale(tmp_path):
+    """It is refused, and the next update begins where this one did; a checkpoint knows the scale"""
+    policy = Policy.load("tiny", lora=LoRAConfig(r=8), dtype="float16", device="cpu")
+    shake(policy.parameters())
+    agent = lake_agent(policy, max_steps=3, ppo__epochs=1)
+    learner, episodes = agent.learner, rewarded(agent)
+    learner.loss_scale.factor, real = 2.0**12, learner.loss
+    learner.loss = lambda *args: real(*args) + _Poison.apply(policy.parameters()[0]).sum()
+    with pytest.raises(NonFiniteLoss, match="in the gradient of epoch 0"):
+        learner.failure_dir = tmp_path / "failed"
+        learner.learn(episodes)
+    assert learner.loss_scale.factor == 2.0**12
+    save_learner(learner, tmp_path)
+    learner.loss_scale.factor = 1.0
+    load_learner(learner, tmp_path)
+    assert learner.loss_scale.factor == 2.0**12
+    assert LossScale.of(Policy.load("tiny", dtype="float16", device="cpu")).factor == 1.0  # trained whole, in that type
+
+
+class _Poison(torch.autograd.Function):
+    """A gradient that is not a number"""
+
+    @staticmethod
+    def forward(ctx, x):
+        return torch.zeros_like(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return torch.full_like(grad, torch.nan)

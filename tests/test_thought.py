@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, MambaConfig
 import llamagym.engine
 from llamagym.agent import CUT_THOUGHT, Agent
 from llamagym.batch import Batch
-from llamagym.buffer import Episode, EpisodeBuffer
+from llamagym.buffer import Episode, EpisodeBuffer, Turn
 from llamagym.chat import ChatFormat, Conversation
 from llamagym.config import Config, GenerateConfig, LoRAConfig
 from llamagym.credit import assign
@@ -20,6 +20,8 @@ from llamagym.policy import Policy, add_lora
 from llamagym.rollout import collect
 from llamagym.thought import answer_ids, divide, thought_of
 from llamagym.tiny import tiny_model, tiny_tokenizer
+from llamagym.warmstart import encode as encode_transcript
+from llamagym.warmstart import from_messages
 
 pytestmark = pytest.mark.filterwarnings("ignore:none of .* responses held an action", "ignore:.*is_gradient_checkpointing")
 CHATML = (
@@ -255,6 +257,38 @@ class _Says(Engine):
 
     def sample(self, prompts, streams, **_):
         return [Sample(list(self.ids), self.numbers, self.numbers, True) for _ in prompts]
+
+
+@pytest.mark.parametrize("opened", [False, True])
+def test_thought_of_a_transcript_is_imitated(opened):
+    """In the reply's text, or beside it: between its markers, which are tokens; nothing that belonged to other ids is left"""
+    agent = thinking_agent(thinking_policy(opened))
+    begin = "" if opened else "<think>\n"
+    expected = encode(agent.tokenizer, f"{begin}The left is wet.\n</think>\n\nAction: 2<|im_end|>")
+    messages = [dict(role="user", content="Step 0."), dict(role="assistant", content="<think>\nThe left is wet.\n</think>\n\nAction: 2")]
+    spoken = from_messages(messages)
+    apart = Episode([Turn("Step 0.", "Action: 2", thought="The left is wet.", given=[1], logprobs=np.zeros(3, np.float32), terminated=True)])
+    for episode in (spoken, apart):
+        turn = encode_transcript(agent, episode).turns[0]
+        assert turn.response_ids == expected and turn.given is None and turn.logprobs is None
+    forged = Episode([Turn("Step 0.", "Action: 2", thought="a </think> b", terminated=True)])
+    ids = encode_transcript(agent, forged).turns[0].response_ids
+    assert ids.count(thought_of(ChatFormat.of(agent.tokenizer)).close_ids[0]) == 1
+
+
+def test_thought_whose_marker_is_merged_is_over():
+    """A marker that is spelled in pieces, the last of which goes on: the thought has ended, nothing is put into the answer"""
+    policy = thinking_policy(True, markers=MARKERS[:2])
+    thought = thought_of(ChatFormat.of(policy.tokenizer))
+    row = llamagym.engine._Row()
+    row.take(llamagym.engine.Request([1, 2], None, greedy=True), 0)
+    for said, put in (("so </think>\n\nAction", False), ("so on and on", True)):
+        ids = encode(policy.tokenizer, said)
+        row.take(llamagym.engine.Request([1, 2], None, greedy=True), 0)
+        for i in ids:
+            row.add(i, (0.0, 0.0, None))
+        row.watch(thought, len(ids), policy.tokenizer.decode)
+        assert bool(row.put) == put
 
 
 # bad input
