@@ -47,7 +47,7 @@ class Turn:
     candidates: list[str]|None = None               # the k responses that were scored, where actions are scored
     candidate_logprobs: np.ndarray|None = None      # float32 [k] nats, of a distribution over the candidates
     flags: dict[str, Any] = field(default_factory=dict)  # notes of later parts, by name
-    frame: np.ndarray|None = None                   # uint8 [H, W, 3], the rendered environment
+    frame: np.ndarray|bytes|str|None = None         # the environment when this was asked: a PNG file's contents, a text, or uint8 [H, W, 3]
     candidate_ids: list[list[int]]|None = None      # ids of each candidate; `response_ids` is one of them
     thought: str|None = None                        # what the model thought before it answered; `response` is the answer
     given: list[int]|None = None                    # positions in `response_ids` that were put there, not sampled: the end of a thought that took too long
@@ -91,7 +91,8 @@ def counted(
     return f"{n} {thing}{'' if n == 1 else 's'}"
 
 def _short(value: Any) -> str:
-    "Arrays by shape, everything else as it is"
+    "Arrays by shape, pictures by size, everything else as it is"
+    if isinstance(value, bytes): return f"bytes[{len(value)}]"
     return f"{value.dtype}[{', '.join(map(str, value.shape))}]" if isinstance(value, np.ndarray) else repr(value)
 
 # %% ../nbs/02_buffer.ipynb #d515c109
@@ -108,6 +109,7 @@ class Episode:
     final_observation: str|None = None              # the observation in that prompt
     final_value: float|None = None                  # V there
     info: dict[str, Any] = field(default_factory=dict)  # anything JSON can hold
+    final_frame: np.ndarray|bytes|str|None = None   # the environment after the last step
 
     @property
     def rewards(self) -> np.ndarray:    # float64 [T]
@@ -243,6 +245,7 @@ def _transcript(episode: Episode) -> str:
 
 # %% ../nbs/02_buffer.ipynb #7540e9e3
 _floats, _ints = pa.list_(pa.float32()), pa.list_(pa.int64())
+_FRAME = pa.struct(dict(shape=_ints, data=pa.large_binary(), kind=pa.string()))
 _TURN = pa.struct(dict(
     observation=pa.string(), response=pa.string(), response_ids=_ints, segment=pa.int64(), start=pa.int64(), stopped=pa.bool_(),
     action=pa.string(), reward=pa.float64(), terminated=pa.bool_(), truncated=pa.bool_(), valid=pa.bool_(), invalid_reason=pa.string(),
@@ -250,12 +253,12 @@ _TURN = pa.struct(dict(
     value=pa.float64(), advantage=pa.float64(), returns=pa.float64(),
     top_alternatives=pa.list_(pa.list_(pa.struct(dict(id=pa.int64(), logprob=pa.float64())))),
     candidates=pa.list_(pa.string()), candidate_logprobs=_floats, candidate_ids=pa.list_(_ints), thought=pa.string(), given=_ints, flags=pa.string(),
-    frame=pa.struct(dict(shape=_ints, data=pa.large_binary()))))
+    frame=_FRAME))
 _FORMAT, _VERSION = b"llamagym.episodes", b"1"
 _SCHEMA = pa.schema(dict(
     turns=pa.list_(_TURN), segments=pa.list_(pa.struct(dict(ids=_ints, mask=pa.list_(pa.int8())))),
     system_prompt=pa.string(), env_id=pa.string(), index=pa.int64(), seed=pa.string(),
-    final_ids=_ints, final_observation=pa.string(), final_value=pa.float64(), info=pa.string()), metadata={_FORMAT: _VERSION})
+    final_ids=_ints, final_observation=pa.string(), final_value=pa.float64(), info=pa.string(), final_frame=_FRAME), metadata={_FORMAT: _VERSION})
 
 # %% ../nbs/02_buffer.ipynb #28a44c0c
 _FLOAT32 = {name for name in _TURN.names if _TURN.field(name).type == _floats}
@@ -271,17 +274,26 @@ def _turn_row(turn: Turn) -> dict[str, Any]:
         row["top_alternatives"] = [[dict(id=int(id), logprob=float(logprob)) for id, logprob in token] for token in turn.top_alternatives]
     return row
 
-def _frame_row(frame: np.ndarray|None) -> dict[str, Any]|None:
+def _frame_row(frame: np.ndarray|bytes|str|None) -> dict[str, Any]|None:
     "A frame as its struct in the table"
     if frame is None: return None
-    if not isinstance(frame, np.ndarray) or frame.dtype != np.uint8: raise TypeError(f"frame is {_short(frame)}: expected a uint8 array [H, W, 3]")
-    return dict(shape=list(frame.shape), data=frame.tobytes())
+    if isinstance(frame, bytes): return dict(shape=[], data=frame, kind="png")
+    if isinstance(frame, str): return dict(shape=[], data=frame.encode(errors="surrogatepass"), kind="text")
+    if not isinstance(frame, np.ndarray) or frame.dtype != np.uint8: raise TypeError(f"frame is {_short(frame)}: expected a uint8 array [H, W, 3], a PNG file's contents, or a text")
+    return dict(shape=list(frame.shape), data=frame.tobytes(), kind="array")
+
+def _frame_of(row: dict[str, Any]|None) -> np.ndarray|bytes|str|None:
+    "The frame of a struct"
+    if row is None: return None
+    if row.get("kind") == "png": return row["data"]
+    if row.get("kind") == "text": return row["data"].decode(errors="surrogatepass")
+    return np.frombuffer(row["data"], dtype=np.uint8).reshape(row["shape"]).copy()
 
 def _turn_of(row: dict[str, Any]) -> Turn:
     "The turn of a struct"
     for name in _FLOAT32: row[name] = None if row[name] is None else np.array(row[name], dtype=np.float32)
     row |= dict(action=json.loads(row["action"]), flags=json.loads(row["flags"]))
-    if row["frame"] is not None: row["frame"] = np.frombuffer(row["frame"]["data"], dtype=np.uint8).reshape(row["frame"]["shape"]).copy()
+    row["frame"] = _frame_of(row["frame"])
     if row["top_alternatives"] is not None: row["top_alternatives"] = [[(a["id"], a["logprob"]) for a in token] for token in row["top_alternatives"]]
     return Turn(**row)
 
@@ -290,12 +302,12 @@ def _episode_row(episode: Episode) -> dict[str, Any]:
     "An episode as its row in the table"
     row = {f.name: getattr(episode, f.name) for f in fields(episode)}
     return row | dict(turns=[_turn_row(turn) for turn in episode.turns], segments=[dict(ids=s.ids, mask=s.mask) for s in episode.segments],
-                      seed=None if episode.seed is None else str(int(episode.seed)), info=_json(episode.info, "info"))
+                      seed=None if episode.seed is None else str(int(episode.seed)), info=_json(episode.info, "info"), final_frame=_frame_row(episode.final_frame))
 
 def _episode_of(row: dict[str, Any]) -> Episode:
     "The episode of a row"
     return Episode(**row | dict(turns=[_turn_of(turn) for turn in row["turns"]], segments=[Segment(**s) for s in row["segments"]],
-                                seed=None if row["seed"] is None else int(row["seed"]), info=json.loads(row["info"])))
+                                seed=None if row["seed"] is None else int(row["seed"]), info=json.loads(row["info"]), final_frame=_frame_of(row.get("final_frame"))))
 
 # %% ../nbs/02_buffer.ipynb #bac4a970
 def _arrow_row(i: int, episode: Episode) -> pa.RecordBatch:

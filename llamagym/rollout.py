@@ -23,6 +23,7 @@ from .agent import CUT_THOUGHT, Agent, Candidates, Dialogue, TaskAgent, cache_by
 from .buffer import Episode, EpisodeBuffer
 from .engine import Engine, Request, Sample
 from .env import episode_seed, from_vector
+from .frames import Frames, drawing
 from .remote import RemoteEnv, wait_for_any
 from .task import Outcome, Task, TextEnv
 
@@ -52,15 +53,18 @@ class Rollout(EpisodeBuffer):
 # %% ../nbs/10_rollout.ipynb #dcf0738e
 class _Slot:
     "A place for one episode after another: an environment, and for each episode a session of the agent"
-    def __init__(self, agent: Agent, env: Any, remote: bool):
-        self.agent, self.task, self.remote = agent, agent.task(env), remote
+    def __init__(self, agent: Agent, env: Any, remote: bool, frames: Frames | None = None):
+        self.agent, self.task, self.remote, self.frames = agent, agent.task(env), remote, frames
         self.env: TextEnv | None = self._make() if remote else None     # processes begin side by side
         self.dialogue: Dialogue | None = None
         self.request: Request | None = None      # what the engine is asked
         self.candidates: Candidates | None = None # and the responses it may choose
         self.error: Exception | None = None      # what the parser raised last
 
-    def _make(self) -> TextEnv: return TextEnv(self.task, RemoteEnv(self.task.env, self.task.max_steps) if self.remote else None)
+    def _make(self) -> TextEnv:
+        drawn = drawing(self.task.env, self.task.max_steps) if self.remote and self.frames is not None else None
+        remote = None if not self.remote else RemoteEnv(self.task.env, self.task.max_steps) if drawn is None else RemoteEnv(drawn)
+        return TextEnv(self.task, remote, self.frames)
 
     def start(self, index: int, seed: int, group_size: int) -> None:
         "Begin an episode"
@@ -90,12 +94,15 @@ class _Slot:
         if not out.done: return None
         episode = self.dialogue.close(self.env.observation if out.truncated and not out.terminated else None)
         turn.terminated, turn.truncated = out.terminated, out.truncated and not out.terminated
+        episode.final_frame = self.env.frame
         return episode
 
     def answer(self) -> None:
         "Take what the engine says, and give it to the environment"
         sample, self.request = self.request.sample, None
-        self.env.send(self.dialogue.answer(sample, self.candidates))
+        text = self.dialogue.answer(sample, self.candidates)
+        self.dialogue.turns[-1].frame = self.env.frame
+        self.env.send(text)
 
     def fail(self, error: Exception) -> Failure:
         "Give up on the episode and its environment, which may be in any state"
@@ -170,6 +177,7 @@ def collect(
     top: int = 0,                # likeliest alternatives to record per token
     group_size: int = 1,         # episodes that begin alike, for algorithms that compare them
     workers: bool | None = None, # each environment in a process of its own; default: as configured, and as a vector environment has it
+    frames: bool | int = False,  # draw the environment at every turn, if it can be drawn; a number is the longest side of a picture, in pixels
 ) -> Rollout:
     "Play episodes side by side. Raises `RolloutError` if all of them fail, and warns of each one that does"
     for name, value, least in (("episodes", episodes, 1), ("num_envs", num_envs, 1), ("seed", seed, 0), ("first", first, 0), ("group_size", group_size, 1)):
@@ -180,7 +188,8 @@ def collect(
     engine, began = engine or agent.engine, time.perf_counter()
     before, slots = engine.stats.copy(), []
     try:
-        for one in envs[:episodes]: slots.append(_Slot(agent, one, workers))
+        kept = Frames(256 if frames is True else frames) if frames else None
+        for one in envs[:episodes]: slots.append(_Slot(agent, one, workers, kept))
         if len(slots) > 1 and slots[0].task.single:
             raise ValueError(f"num_envs={num_envs} but env is one instance that Gymnasium cannot make again; pass a factory, or num_envs=1")
         play = _Round(slots, engine, greedy=greedy, top=top)

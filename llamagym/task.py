@@ -25,6 +25,7 @@ from .buffer import Episode, EpisodeBuffer, Turn
 from .chat import Window
 from .remote import RemoteEnv
 from .env import can_be_remade, env_name, episode_seed, make_env, peek_env, tabular_model
+from .frames import Frames, draw, drawing
 
 # %% ../nbs/08_task.ipynb #dadd0140
 @dataclass(frozen=True)
@@ -151,9 +152,13 @@ class Task:
         "Is there but one environment, an instance that Gymnasium can't make again?"
         return isinstance(self.env, gym.Env) and not can_be_remade(self.env)
 
-    def make(self) -> gym.Env:
+    def make(
+        self,
+        draws: bool = False,    # it should draw itself, if it can
+    ) -> gym.Env:
         "A fresh environment; where there is but a `single` one, that one"
-        return make_env(self.env, self.max_steps)
+        drawn = drawing(self.env, self.max_steps) if draws else None
+        return make_env(self.env, self.max_steps) if drawn is None else drawn()
 
     def legal(
         self,
@@ -227,9 +232,11 @@ class SplitEnv:
         self,
         task: Task,                     # the words
         env: gym.Env | None = None,     # an environment to use; None: `task.make()`
+        frames: Frames | None = None,   # keeps pictures; None: none are drawn
     ):
-        self.task = task
-        self.env = task.make() if env is None else env
+        self.task, self.frames = task, frames
+        self.env = task.make(draws=frames is not None) if env is None else env
+        self.frame: bytes | str | None = None   # how it looks now
         self.obs: Any = None            # newest observation
         self.info: dict = {}            # its info
         self.observation = ""           # its text
@@ -266,6 +273,7 @@ class SplitEnv:
         answer = self.env.receive() if self._answer is None else self._answer
         self.obs, self.info = answer[0], answer[-1]
         self.observation = self.task.describe(self.obs, self.info)
+        if self.frames is not None: self.frame = self.frames.keep(draw(self.env))
         if not isinstance(self.observation, str):
             raise TypeError(f"{self.task.name}: describe gave {self.observation!r}: expected text, got {type(self.observation).__name__}")
         return None if self._reply is None else self._reply.outcome(*answer[1:4])

@@ -150,13 +150,19 @@ def test_decoder_rounds_up_the_sizes_of_recorded_steps(family, monkeypatch):
     plain = collect(lake_agent(policy, generate__max_new_tokens=9), episodes=24, num_envs=10, seed=3)
     monkeypatch.setattr(llamagym.decoder, "RECORD_AFTER", 1)
     monkeypatch.setattr(llamagym.decoder, "RECORD_LENGTH", 16)
-    readers = []
-    monkeypatch.setattr(llamagym.engine, "reader_of", lambda model: readers.append(GraphDecoder(model, record=lambda step, pool: step)) or readers[-1])
+    sizes = set()
+
+    class Watched(GraphDecoder):
+        def forget(self):
+            sizes.update(getattr(self, "steps", ()))
+            super().forget()
+
+    monkeypatch.setattr(llamagym.engine, "reader_of", lambda model: Watched(model, record=lambda step, pool: step))
     agent = lake_agent(policy, generate__max_new_tokens=9)
     for a, b in zip(plain, collect(agent, episodes=24, num_envs=10, seed=3)):
         assert [t.response_ids for t in a.turns] == [t.response_ids for t in b.turns]
         assert max(np.abs(t.logprobs - u.logprobs).max() for t, u in zip(a.turns, b.turns)) < 1e-4
-    assert {rows for _, rows, _ in readers[-1].steps} > {16}
+    assert {rows for _, rows, _ in sizes} > {16}
 
 
 def test_decoder_goes_on_without_recording(caplog):
