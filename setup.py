@@ -50,6 +50,7 @@ setup(
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
     ],
     packages=find_packages(include=[package, f"{package}.*"]),
+    package_data={package: ["*.js"]},
     install_requires=lines("requirements"),
     extras_require={
         key.removesuffix("_requirements"): lines(key) for key in settings if key.endswith("_requirements")

@@ -56,7 +56,7 @@ def test_cuda_recorded_steps_say_what_the_others_say(kind, dtype, record, monkey
     readers = []
     monkeypatch.setattr(llamagym.engine, "reader_of", lambda model: readers.append(reader_of(model)) or readers[-1])
     recorded = collect(agent, episodes=24, num_envs=10, seed=3)
-    assert type(readers[-1]) is GraphDecoder and readers[-1].steps and readers[-1].record
+    assert type(readers[-1]) is GraphDecoder and max(readers[-1].seen.values()) > 2 and readers[-1].record
     gap = agent.learner.learn(copy.deepcopy(recorded))["logprob_gap"]
     assert gap < (1e-4 if dtype == "float32" else 0.3)
     if dtype == "float32":

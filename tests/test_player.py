@@ -1,0 +1,133 @@
+"""The episode player, as far as it goes without a browser: its data against the episodes, its messages, its pages."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+from doubles import config, lake, lake_agent, make_policy
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llamagym.buffer import Episode, Turn
+from llamagym.player import EpisodePlayer, FrameTable, episode_data, summary_data, token_data, token_texts
+from llamagym.rollout import collect
+from llamagym.scored import ScoredAgent
+from llamagym.tiny import tiny_tokenizer
+
+pytestmark = pytest.mark.filterwarnings("ignore:none of .* responses held an action")
+RUDE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>&lt;<!--"
+
+
+@pytest.fixture(scope="module")
+def played():
+    agent = lake_agent(make_policy("lora"), max_steps=4)
+    episodes = collect(agent, episodes=5, num_envs=5, top=3, frames=True)
+    agent.learner.annotate(episodes)
+    agent.learner.assign_credit(episodes)
+    return agent, episodes
+
+
+@given(st.text(max_size=40))
+@settings(max_examples=60, deadline=None)
+def test_player_texts_of_tokens_are_the_text(text):
+    """Whatever it is made of; a letter in pieces is shown once, where it ends"""
+    tokenizer = tiny_tokenizer()
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    texts = token_texts(tokenizer, ids)
+    assert len(texts) == len(ids) and "".join(texts) == tokenizer.decode(ids)
+    assert all("\ufffd" not in t for t in texts) or "\ufffd" in text
+
+
+def test_player_numbers_are_the_episodes(played):
+    agent, episodes = played
+    for episode in episodes:
+        data = json.loads(json.dumps(episode_data(episode, agent.tokenizer, FrameTable()), allow_nan=False))
+        assert (data["return"], data["seed"], data["env"]) == (episode.total_reward, episode.seed, "FrozenLake-v1")
+        for turn, shown in zip(episode.turns, data["turns"]):
+            tokens = shown["tokens"]
+            assert "".join(tokens["text"]) == agent.tokenizer.decode(turn.response_ids)
+            assert tokens["logprob"] == pytest.approx(turn.logprobs, abs=1e-5) and tokens["entropy"] == pytest.approx(turn.entropy, abs=1e-5)
+            assert tokens["kl"] == pytest.approx(turn.logprobs - turn.ref_logprobs, abs=1e-4)
+            assert tokens["value"] == pytest.approx([turn.value] * len(turn.logprobs), abs=1e-5)
+            assert shown["advantage"] == pytest.approx(turn.advantage, abs=1e-5)
+            assert [len(others) for others in tokens["alternatives"]] == [3] * len(turn.response_ids)
+            assert json.loads(shown["action"]) == turn.action and shown["valid"] == turn.valid
+        logprobs = np.concatenate([t.logprobs for t in episode.turns])
+        assert summary_data(episode)["surprise"] == pytest.approx(-logprobs.mean(), abs=1e-5)
+
+
+def test_player_tokens_that_were_given_have_no_numbers():
+    tokenizer = tiny_tokenizer()
+    logprobs = np.array([-1, -2], np.float32)
+    turn = Turn("", "", [50, 51, 52, 53], given=[1, 2], logprobs=logprobs, value=float("nan"))
+    data = token_data(turn, tokenizer)
+    assert data["logprob"] == [-1.0, None, None, -2.0] and data["given"] == [1, 2] and data["value"] == [None] * 4 and data["kl"] is None
+
+
+def test_player_of_choices_shows_what_was_weighed():
+    task = lake(3)
+    agent = ScoredAgent.for_task(task, make_policy("lora"), config=config())
+    episode = collect(agent, episodes=1, num_envs=1)[0]
+    for turn, shown in zip(episode.turns, episode_data(episode, agent.tokenizer)["turns"]):
+        assert shown["tokens"] is None and [text for text, *_ in shown["choices"]] == turn.candidates
+        assert sum(np.exp(p) for _, p, _ in shown["choices"]) == pytest.approx(1, abs=1e-4)
+        assert [text for text, _, chosen in shown["choices"] if chosen] == [turn.response]
+
+
+def test_player_answers_what_is_asked(played):
+    """An episode when it is opened, a picture once; a question it does not know is answered with an error, not with silence"""
+    agent, episodes = played
+    player, sent = EpisodePlayer(episodes, agent.tokenizer, labels=["first", None, None, None, None]), []
+    player.send = lambda content, buffers=None: sent.append((content, buffers))
+    assert player.episodes[0]["label"] == "first" and len(player.episodes) == 5 and not player._frames.pictures
+    player._heard(player, dict(type="episode", episode=2, id=7), [])
+    content, _ = sent.pop()
+    assert content["id"] == 7 and content["data"] == episode_data(episodes[2], agent.tokenizer)
+    key = content["data"]["turns"][0]["frame"]
+    player._heard(player, dict(type="frame", frame=key, id=8), [])
+    assert sent.pop() == (dict(id=8), [episodes[2].turns[0].frame])
+    for bad in (dict(type="delete", id=9), dict(type="episode", episode=99, id=9), dict(type="frame", frame="none", id=9)):
+        player._heard(player, bad, [])
+        content, _ = sent.pop()
+        assert content["id"] == 9 and content["error"]
+
+
+def test_player_pages_hold_text_as_text(played, tmp_path):
+    """What a model or an environment says can't end the script it is data of, nor begin another; nothing may be fetched"""
+    turn = Turn(RUDE, RUDE, thought=RUDE, invalid_reason=RUDE, valid=False, action=RUDE, terminated=True, frame=RUDE)
+    episode = Episode([turn], env_id=RUDE, system_prompt=RUDE, final_observation=RUDE)
+    page = EpisodePlayer([episode], labels=[RUDE]).save(tmp_path / "deep" / "page.html").read_text()
+    assert page.count("<script") == 1 == page.count("</script>") and page.count("<img") == 0 and "<!--" not in page
+    assert "default-src 'none'" in page and not re.search(r"""(src|href)=["']?https?:""", page)
+    state = re.search(r"state = (\{.*\}), heard = \[\];", page)[1]
+    assert json.loads(state)["data"][0]["turns"][0]["observation"] == RUDE
+
+
+def test_player_pages_are_small_and_the_same_again(played, tmp_path):
+    """Fifty turns with pictures, alternatives and all numbers: under 2 MB"""
+    agent, episodes = played
+    turns = [turn for episode in episodes for turn in episode.turns]
+    long = Episode([turns[i % len(turns)] for i in range(50)], env_id="FrozenLake-v1")
+    first, second = (EpisodePlayer(long, agent.tokenizer).save(tmp_path / name).read_bytes() for name in ("a.html", "b.html"))
+    assert first == second and len(first) < 2_000_000
+
+
+def test_player_shapes(played, monkeypatch):
+    """A widget in a notebook, a page in the docs, text where a notebook is committed"""
+    agent, episodes = played
+    player = EpisodePlayer(episodes, agent.tokenizer)
+    for name in ("IN_TEST", "LLAMAGYM_DOCS"):
+        monkeypatch.delenv(name, raising=False)
+    assert "application/vnd.jupyter.widget-view+json" in str(player._repr_mimebundle_())
+    monkeypatch.setenv("IN_TEST", "1")
+    assert set(player._repr_mimebundle_()) == {"text/plain"} and "turn 0" in player._repr_mimebundle_()["text/plain"]
+    monkeypatch.setenv("LLAMAGYM_DOCS", "1")
+    assert "<script" in player._repr_mimebundle_()["text/html"]
+    assert repr(player) == "EpisodePlayer(5 episodes of FrozenLake-v1)" and repr(EpisodePlayer([])) == "EpisodePlayer(0 episodes)"
+
+
+def test_player_of_episodes_without_a_model():
+    """A player's that never saw a token: text and rewards"""
+    shown = episode_data(Episode([Turn("a", "b", action=np.int64(2), reward=1.0)]))
+    assert shown["turns"][0]["tokens"] is None and shown["turns"][0]["action"] == "2" and shown["end"] == "not over"
