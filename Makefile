@@ -28,7 +28,7 @@ quickstart: .venv/.installed-quickstart
 	@.venv/bin/llamagym quickstart
 
 test: .venv/.installed-dev
-	$(PY) -m pytest tests -n auto --dist worksteal $(ARGS)
+	$(PY) -m pytest tests -n auto --dist loadfile $(ARGS)
 
 test-slow: .venv/.installed-dev
 	$(PY) -m pytest tests -m slow $(ARGS)
