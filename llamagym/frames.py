@@ -55,7 +55,6 @@ class Frames:
     ) -> bytes | str | None: # a PNG file's contents, the text, or nothing
         "What is kept of a drawing"
         if drawn is None or isinstance(drawn, str): return drawn
-        if isinstance(drawn, list) and drawn: drawn = drawn[-1]      # of render_mode="rgb_array_list"
         key = hashlib.sha1(np.ascontiguousarray(drawn)).digest() if isinstance(drawn, np.ndarray) else None
         if key not in self.known: self.known[key] = as_png(drawn, self.size)
         return self.known[key]

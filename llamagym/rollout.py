@@ -62,9 +62,9 @@ class _Slot:
         self.error: Exception | None = None      # what the parser raised last
 
     def _make(self) -> TextEnv:
-        drawn = drawing(self.task.env, self.task.max_steps) if self.remote and self.frames is not None else None
-        remote = None if not self.remote else RemoteEnv(self.task.env, self.task.max_steps) if drawn is None else RemoteEnv(drawn)
-        return TextEnv(self.task, remote, self.frames)
+        if not self.remote: return TextEnv(self.task, frames=self.frames)
+        drawn = None if self.frames is None else drawing(self.task.env, self.task.max_steps)
+        return TextEnv(self.task, RemoteEnv(self.task.env, self.task.max_steps) if drawn is None else RemoteEnv(drawn), self.frames)
 
     def start(self, index: int, seed: int, group_size: int) -> None:
         "Begin an episode"

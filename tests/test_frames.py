@@ -79,7 +79,7 @@ def test_frames_keep_the_time_limit():
     assert env.spec.max_episode_steps == 7 and isinstance(draw(env) if env.reset() else None, np.ndarray)
 
 
-def test_frames_of_a_thousand_games_are_small():
+def test_frames_of_many_games_are_small():
     """Pictures of Blackjack's tables, kept once and compressed: far less than the arrays would be"""
     task, policy = blackjack(), make_policy("plain")
     episodes = collect(Agent.for_task(task, policy, config=config()), episodes=60, num_envs=30, frames=True)

@@ -379,8 +379,8 @@ def test_memory_bound_settles_while_conversations_grow(monkeypatch):
     assert max(live) == int(0.8 * 60 * layers / (layers + 1)) - 1 and min(drops) >= int(0.8 * 60 * 128 / max(sizes) * layers / (layers + 1)) - 1
 
 
-def test_a_learner_of_4_bit_weights_has_no_copy_of_them():
-    """The tensors that an update makes are small beside the weights in float32: no float32 copy of head or embeddings, none of the 4-bit matrices"""
+def test_qlora_trains_adapters_and_critic_alone():
+    """Embeddings and head stay in the type of the rest, tied where they were"""
     policy = make_policy("nf4")
     shake(policy.value_head.parameters(), 0.2)
     assert not any(p.requires_grad for name, p in policy.causal_lm.named_parameters() if "lora" not in name)

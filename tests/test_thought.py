@@ -219,7 +219,6 @@ def _critic(agent, batch, reference):
 def test_thought_that_is_cut_holds_no_action():
     """However clearly it names one; the reason says what to do"""
     agent = thinking_agent(thinking_policy(), generate__max_new_tokens=4)
-    agent.extract_action = lambda response: agent.words.read(response, agent.action_space) if response else None
     episodes = collect(agent, episodes=4, num_envs=2)
     cut = [t for t in episodes.turns if t.cut_thought]
     assert cut and all(not t.valid and t.invalid_reason == CUT_THOUGHT and t.response == "" and t.thought is not None for t in cut)
