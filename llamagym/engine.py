@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['log', 'SHARE_TOKENS', 'CACHE_SHARE', 'READ_TOKENS', 'READ_PAIRS', 'KNOWN_IDS', 'draw', 'Drawn', 'draw_from', 'Sample',
-           'Request', 'EngineStats', 'EngineParts', 'EngineSteps', 'Engine']
+           'Request', 'EngineStats', 'EngineParts', 'EngineRows', 'EngineSteps', 'Engine']
 
 # %% ../nbs/06_engine.ipynb #1a89d39c
 import logging
@@ -477,6 +477,26 @@ class EngineParts:
         self.table, self.queue, self.now, self.answered = _Table(policy, cache_bytes), deque(), 0, []
         self.most = sys.maxsize    # conversations that are answered at once; fewer after memory ran out
 
+    def _record(self, rows: list[_Row], logits: Tensor) -> None:
+        "Draw from logits [N, V], which are used up, and record what was drawn"
+        logits = logits.float()
+        if self.config.temperature != 1: logits.div_(self.config.temperature)
+        if self.truncate and self.config.top_k: logits = TopKLogitsWarper(self.config.top_k)(None, logits)
+        if self.truncate and self.config.top_p < 1: logits = TopPLogitsWarper(self.config.top_p)(None, logits)
+        requests = [row.request for row in rows]
+        if self.thought is not None and self.config.thinking_budget is not None:
+            for row in rows: row.watch(self.thought, self.config.thinking_budget, self.policy.tokenizer.decode)
+        greedy, top = np.array([r.greedy for r in requests]), max(r.top for r in requests)
+        drawn = draw_from(logits, np.array([row.chance() for row in rows]), greedy, top, self.truncate)
+        alternatives = [list(zip(*pair)) for pair in zip(*drawn.top)] if top else [None] * len(rows)
+        for row, token, *said in zip(rows, drawn.tokens.tolist(), drawn.logprobs.tolist(), drawn.entropy.tolist(), alternatives): row.add(token, said)
+        self.stats.spoken_tokens += len(rows); self.stats.steps += 1
+
+    stats = property(lambda self: self.table.stats, doc="What was done so far, an `EngineStats`")
+
+# %% ../nbs/06_engine.ipynb #92da15cf
+class EngineRows(EngineParts):
+    "Who has a row of the table: as many as there is memory for"
     def _most_rows(self) -> int:
         "Rows that the table may have now"
         if self.table.room == math.inf: return self.most
@@ -515,25 +535,8 @@ class EngineParts:
         if torch.cuda.is_available(): torch.cuda.empty_cache()
         log.warning("memory ran out: %s instead of %s conversations are answered at once from now on", self.most, begun)
 
-    def _record(self, rows: list[_Row], logits: Tensor) -> None:
-        "Draw from logits [N, V], which are used up, and record what was drawn"
-        logits = logits.float()
-        if self.config.temperature != 1: logits.div_(self.config.temperature)
-        if self.truncate and self.config.top_k: logits = TopKLogitsWarper(self.config.top_k)(None, logits)
-        if self.truncate and self.config.top_p < 1: logits = TopPLogitsWarper(self.config.top_p)(None, logits)
-        requests = [row.request for row in rows]
-        if self.thought is not None and self.config.thinking_budget is not None:
-            for row in rows: row.watch(self.thought, self.config.thinking_budget, self.policy.tokenizer.decode)
-        greedy, top = np.array([r.greedy for r in requests]), max(r.top for r in requests)
-        drawn = draw_from(logits, np.array([row.chance() for row in rows]), greedy, top, self.truncate)
-        alternatives = [list(zip(*pair)) for pair in zip(*drawn.top)] if top else [None] * len(rows)
-        for row, token, *said in zip(rows, drawn.tokens.tolist(), drawn.logprobs.tolist(), drawn.entropy.tolist(), alternatives): row.add(token, said)
-        self.stats.spoken_tokens += len(rows); self.stats.steps += 1
-
-    stats = property(lambda self: self.table.stats, doc="What was done so far, an `EngineStats`")
-
 # %% ../nbs/06_engine.ipynb #85c57697
-class EngineSteps(EngineParts):
+class EngineSteps(EngineRows):
     "What happens in one step of an engine"
     def _read(self) -> None:
         "Read all prompts that wait, and draw the first token of each response"
