@@ -10,10 +10,12 @@ __all__ = ['CUT_THOUGHT', 'response_text', 'Candidates', 'Dialogue', 'AgentMetho
 # %% ../nbs/09_agent.ipynb #68e7f27d
 import copy
 import dataclasses
+import threading
 import traceback
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -186,6 +188,7 @@ class _Shared:
     episodes: int = 0          # begun in loops of the user's own
     responses: int = 0         # read so far
     valid: int = 0             # of these, with an action
+    lock: Any = field(default_factory=threading.RLock)  # held by the thread that plays or learns with the model
 
     def __deepcopy__(self, memo) -> "_Shared": return self
 
@@ -275,6 +278,16 @@ class AgentSession(AgentMethods):
                     on_invalid=on_invalid if r.on_invalid is None else parse_on_invalid(r.on_invalid),
                     invalid_reward=invalid_reward if r.invalid_reward is None else r.invalid_reward)
 
+    @contextmanager
+    def exclusive(self,
+        wait: float | None = None, # seconds; default: as long as it takes
+    ) -> Iterator[None]:
+        "Within the context, no other thread plays or learns with this model. Raises `RuntimeError` where one still does after `wait`"
+        if not self._shared.lock.acquire(timeout=-1 if wait is None else wait):
+            raise RuntimeError("the model is playing or learning in another thread, such as a run under way: pause or stop that first")
+        try: yield
+        finally: self._shared.lock.release()
+
     def conversation(self,
         system_prompt: str | None = None, # instead of this agent's own
     ) -> Conversation: # empty
@@ -287,11 +300,12 @@ class AgentSession(AgentMethods):
 
     def start_dialogue(self,
         stream: np.random.Generator, # the episode's own random numbers
+        system_prompt: str | None = None, # instead of this agent's own
         **about,                     # fields of the `Episode`: env_id, index, seed
     ) -> Dialogue:
         "Begin an episode in this session"
         if self._dialogue is not None: self.engine.release(self._dialogue)
-        self._dialogue, self._owed = Dialogue(self.conversation(), stream, **about), False
+        self._dialogue, self._owed = Dialogue(self.conversation(system_prompt), stream, **about), False
         return self._dialogue
 
     def spawn(self) -> "Agent":
@@ -307,7 +321,7 @@ class AgentSession(AgentMethods):
 def _answer(agent: AgentSession, prompt: str, candidates: Candidates | None) -> tuple[Any, str | None]:
     "Sample a response to `prompt`, record it as a turn; the action in it, or `None` and why there is none"
     dialogue, shared = agent._dialogue, agent._shared
-    sample, = agent.engine.sample([dialogue.ask(prompt)], [dialogue.stream], keys=[dialogue], candidates=[candidates and candidates.ids])
+    with agent.exclusive(): sample, = agent.engine.sample([dialogue.ask(prompt)], [dialogue.stream], keys=[dialogue], candidates=[candidates and candidates.ids])
     response = dialogue.answer(sample, candidates)
     action, reason, error = read_action(agent, response, agent.action_space)
     shared.responses, shared.valid = shared.responses + 1, shared.valid + (reason is None)
@@ -349,7 +363,7 @@ def _end(agent: AgentSession, truncated: bool, next_observation: Any) -> Episode
 def _learn(shared: _Shared) -> dict[str, float]:
     "An update, if enough turns have come together"
     if sum(map(len, shared.buffer)) < shared.config.ppo.batch_size: return {}
-    stats = shared.learner.learn(shared.buffer[:])
+    with shared.lock: stats = shared.learner.learn(shared.buffer[:])
     shared.buffer.clear()     # only now: an update that is stopped loses no episode
     return stats
 

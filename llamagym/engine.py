@@ -107,6 +107,7 @@ class Request:
     key: Hashable | None = None          # whose prompt it is; `None`: nobody will go on with it
     sample: Sample | None = None         # the response
     candidates: list[list[int]] | None = None # responses to choose among, by their probabilities; `None`: any
+    begin: list[int] = field(default_factory=list) # what the response begins with, put there and not sampled
 
 # %% ../nbs/06_engine.ipynb #12b94bc2
 @dataclass(eq=False)
@@ -128,7 +129,7 @@ class _Row:
         "Begin to answer; what the row holds of the prompt is kept, but for its last token, whose hidden state is needed"
         known = common_start(self.ids[:self.cached], request.prompt)
         self.hold(list(request.prompt), min(known, len(request.prompt) - 1))
-        self.key, self.request, self.said, self.used, self.uniform, self.put, self.decided = request.key, request, [], now, None, [], False
+        self.key, self.request, self.said, self.used, self.uniform, self.put, self.decided = request.key, request, [], now, None, list(request.begin), False
 
     def add(self, token: int, said: tuple) -> None:
         "The next token: the one that was drawn, unless another is put there"
@@ -139,7 +140,7 @@ class _Row:
     def watch(self, thought: Thought, budget: int, decode: Callable[[list[int]], str]) -> None:
         "Before a token is drawn: end a thought whose budget is spent"
         n = len(self.said)
-        if self.decided or n < budget: return
+        if self.decided or self.put or n < budget: return
         said, k, self.decided = self.ids[len(self.ids) - n:], min(n, len(thought.open_ids)), True
         if n == 0: self.put = list(thought.empty)
         elif (thought.opened or tuple(said[:k]) == thought.open_ids[:k]) and thought.close not in decode(said): self.put = list(thought.closing)
@@ -394,6 +395,14 @@ def _check_candidates(candidates: Sequence[Sequence[int]], policy: Policy) -> li
     if why := why_not_kept(policy.answering): raise ValueError(f"{type(policy.answering).__name__} can't weigh candidates, since {why}. Let it answer freely: use an Agent")
     return lists
 
+def _check_begin(begin: Sequence[int], candidates: list | None, engine: "EngineParts") -> None:
+    "Whether a response may begin so"
+    vocabulary, most = engine.policy.causal_lm.get_input_embeddings().num_embeddings, engine.config.max_new_tokens
+    if candidates is not None: raise ValueError("a response that is chosen among candidates cannot have a beginning of its own; leave out one of the two")
+    if not 0 <= min(begin) <= max(begin) < vocabulary: raise ValueError(f"begin={list(begin)}: expected ids from 0 to {vocabulary - 1}")
+    if len(begin) >= most: raise ValueError(f"a beginning of {len(begin)} tokens leaves nothing to sample of max_new_tokens={most}; shorten it, or raise generate.max_new_tokens")
+    if ends := sorted(set(begin) & set(engine.stop_ids.tolist())): raise ValueError(f"begin={list(begin)} holds {ends}, which end a response")
+
 # %% ../nbs/06_engine.ipynb #27fc9ea1
 def _alike(candidates: Sequence[list[int]]) -> int:
     "How many ids all candidates begin with in common; each keeps at least one of its own"
@@ -618,13 +627,15 @@ class Engine(EngineSteps):
         top: int = 0,                            # likeliest alternatives to record per token
         key: Hashable | None = None,             # of the conversation, if it may go on
         candidates: Sequence[Sequence[int]] | None = None, # ids of the responses to choose among, all different; default: sample one
+        begin: Sequence[int] = (),               # ids that the response begins with
     ) -> Request:
         "Ask for a response; `step` until the request's `sample` is there"
         _check_request("the prompt", prompt, stream, greedy, self.policy)
         if key is not None and any(row.request and row.key == key for row in [self.table.rows.of_key.get(key), *self.table.aside] if row):
             raise ValueError(f"{key!r} is being answered already; a conversation has one turn at a time")
         if candidates is not None: candidates = _check_candidates(candidates, self.policy)
-        self.queue.append(Request(list(prompt), stream, greedy, top, key, candidates=candidates))
+        if len(begin): _check_begin(begin, candidates, self)
+        self.queue.append(Request(list(prompt), stream, greedy, top, key, candidates=candidates, begin=list(begin)))
         return self.queue[-1]
 
     @torch.no_grad()

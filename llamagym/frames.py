@@ -50,6 +50,8 @@ class Frames:
     ):
         self.size, self.known = size, {}
 
+    def __deepcopy__(self, memo) -> "Frames": return self    # what was drawn once stays drawn
+
     def keep(self,
         drawn: Any, # an array, a text, or nothing
     ) -> bytes | str | None: # a PNG file's contents, the text, or nothing

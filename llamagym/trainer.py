@@ -240,10 +240,11 @@ class Trainer:
         "One update: collect, learn"
         self._tell("on_update_start")
         rollout_config, began = self.agent.config.rollout, time.perf_counter()
-        rollout = collect(self.agent, self.env, rollout_config.episodes, rollout_config.num_envs, self.config.seed, first=self.episodes,
-                          group_size=_group_size(self.agent))
-        self._tell("on_collect_end", rollout)
-        stats = self.agent.learner.learn(rollout)
+        with self.agent.exclusive():
+            rollout = collect(self.agent, self.env, rollout_config.episodes, rollout_config.num_envs, self.config.seed, first=self.episodes,
+                              group_size=_group_size(self.agent))
+            self._tell("on_collect_end", rollout)
+            stats = self.agent.learner.learn(rollout)
         self.episodes += rollout_config.episodes
         self.update += 1
         metrics = dict(update=self.update, episodes=self.episodes, seconds=time.perf_counter() - began, collect_seconds=rollout.seconds,
