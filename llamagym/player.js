@@ -15,14 +15,14 @@ const CSS = `
 button, select { font: inherit; color: inherit; background: var(--paper); border: 1px solid var(--line); border-radius: 5px; padding: 2px 8px; min-height: 26px; }
 [hidden] { display: none !important; }
 button { cursor: pointer; } button svg { width: 14px; height: 14px; margin: 0; display: inline-block; vertical-align: -2px; fill: currentColor; } button:hover:not(:disabled) { border-color: var(--accent); } button:disabled { opacity: .45; cursor: default; }
-button:focus-visible, select:focus-visible, input:focus-visible, textarea:focus-visible, summary:focus-visible { outline: 2px solid var(--accent); outline-offset: 1px; }
+button:focus-visible, select:focus-visible, input:focus-visible, textarea:focus-visible, summary:focus-visible, .talk:focus-visible { outline: 2px solid var(--accent); outline-offset: 1px; }
 .bar { display: flex; flex-wrap: wrap; gap: 6px 8px; align-items: center; padding: 8px 10px; border-bottom: 1px solid var(--line); background: var(--panel); border-radius: 8px 8px 0 0; }
 .bar .title { font-weight: 600; flex: 1 1 auto; min-width: 12em; }
 .bar label, .controls label { color: var(--soft); display: inline-flex; gap: 4px; align-items: center; }
 .sides { display: grid; grid-template-columns: minmax(0, 1fr); }
 .sides.two { grid-template-columns: repeat(2, minmax(0, 1fr)); } .sides.two .side + .side { border-left: 1px solid var(--line); }
 .side { display: grid; grid-template-columns: minmax(220px, 300px) minmax(0, 1fr); gap: 12px; padding: 10px; min-width: 0; }
-.sides.two .side { grid-template-columns: minmax(0, 1fr); }
+.sides.two .side { grid-template-columns: minmax(0, 1fr); } .sides.two .frame { height: 150px; } .sides.two .talk { height: 300px; }
 .head { grid-column: 1 / -1; color: var(--soft); } .head b { color: var(--ink); }
 .stage { min-width: 0; }
 .frame { border: 1px solid var(--line); border-radius: 6px; background: var(--panel); height: 220px; display: flex; align-items: center; justify-content: center; overflow: auto; }
@@ -51,8 +51,9 @@ svg.chart { display: block; width: 100%; height: 84px; margin-top: 8px; } svg te
 .tip { position: absolute; z-index: 5; max-width: 300px; padding: 6px 9px; background: var(--paper); border: 1px solid var(--line); border-radius: 6px; box-shadow: 0 3px 12px rgba(0, 0, 0, .22); font-size: 12px; pointer-events: none; font-variant-numeric: tabular-nums; }
 .tip[hidden] { display: none; } .tip .word { font: 12.5px ui-monospace, monospace; font-weight: 700; white-space: pre-wrap; overflow-wrap: anywhere; } .tip table { border-spacing: 0; } .tip td { padding: 0 8px 0 0; } .tip td:first-child { color: var(--soft); } .tip .alt td:first-child { font-family: ui-monospace, monospace; color: var(--ink); white-space: pre-wrap; }
 .edit { padding: 8px 10px; border-top: 1px solid var(--line); display: grid; gap: 6px; } .edit textarea { width: 100%; box-sizing: border-box; min-height: 64px; font: 12.5px/1.5 ui-monospace, monospace; color: inherit; background: var(--paper); border: 1px solid var(--line); border-radius: 5px; padding: 6px; }
-.edit .row { display: flex; flex-wrap: wrap; gap: 8px; align-items: center; } .note { color: var(--soft); } .note.bad { color: var(--warn); }
+.edit .fields { display: grid; grid-template-columns: repeat(auto-fit, minmax(220px, 1fr)); gap: 8px; } .edit label { display: grid; gap: 2px; color: var(--soft); } .edit .row { display: flex; flex-wrap: wrap; gap: 8px; align-items: center; } .note { color: var(--soft); } .note.bad { color: var(--warn); }
 .wide { position: relative; }
+.small .frame { height: 150px; } .small .talk { height: 246px; } .small svg.chart { height: 64px; } .small .facts dd, .small .facts dt { font-size: 12px; } .small .list { max-height: 132px; }
 @container (max-width: 620px) { .side { grid-template-columns: minmax(0, 1fr); } .sides.two { grid-template-columns: minmax(0, 1fr); } .sides.two .side + .side { border-left: 0; border-top: 1px solid var(--line); } }
 @media (prefers-reduced-motion: no-preference) { .talk { scroll-behavior: auto; } }
 `;
@@ -175,7 +176,7 @@ class Side {
 
   // Return so far as steps, value as dots, the current step as a line
   draw() {
-    const { turns } = this.episode, n = turns.length, left = 34, right = 8, top = 6, bottom = 16, W = Math.max(160, this.chart.clientWidth || 280), H = 84;
+    const { turns } = this.episode, n = turns.length, left = 34, right = 8, top = 6, bottom = 16, W = Math.max(160, this.chart.clientWidth || 280), H = this.player.small ? 64 : 84;
     this.drawn = this.chart.clientWidth;
     this.chart.setAttribute('viewBox', `0 0 ${W} ${H}`);
     const sums = [0];
@@ -247,8 +248,8 @@ const COLUMNS = [['index', 'episode'], ['seed', 'seed'], ['return', 'return'], [
 const SHOWN = { all: ['all, in order', null, true], best: ['best', 'return', false], worst: ['worst', 'return', true], invalid: ['with invalid turns', 'invalid', false], longest: ['longest', 'turns', false], surprising: ['most surprising', 'surprise', false] };
 
 class Player {
-  constructor(source, root) {
-    this.source = source; this.root = root; this.step = 0; this.at = 0; this.speed = 2; this.sort = [null, true]; this.only = 'all'; this.sides = []; this.other = null;
+  constructor(source, root, { small = false, follow = false } = {}) {
+    this.source = source; this.root = root; this.small = small; this.follow = follow; this.step = 0; this.at = 0; this.speed = 2; this.sort = [null, true]; this.only = 'all'; this.sides = []; this.other = null;
     this.quantity = 'logprob';
     this.build();
     this.order();
@@ -274,7 +275,7 @@ class Player {
     this.table = h('div', { class: 'list' });
     this.editor = h('div', { class: 'edit', hidden: true });
     this.tip = h('div', { class: 'tip', role: 'tooltip', hidden: true });
-    this.el = h('div', { class: 'player', tabindex: '0', role: 'region', 'aria-label': 'Episode player: space plays, arrows step, j and k change the episode' },
+    this.el = h('div', { class: this.small ? 'player small' : 'player', tabindex: '0', role: 'region', 'aria-label': 'Episode player: space plays, arrows step, j and k change the episode' },
       h('div', { class: 'bar' }, this.prev, this.next, this.title, h('label', {}, 'show', this.filter), h('label', {}, 'colour', this.colours), this.legend, h('label', {}, 'compare', this.compared), this.edit),
       h('div', { class: 'wide' }, this.area, this.tip), this.editor,
       h('div', { class: 'controls' }, button('First step', 'first', () => this.seek(0)), button('Step back', 'back', () => this.seek(this.step - 1)), this.button, button('Step forward', 'forward', () => this.seek(this.step + 1)), this.slider, this.where, this.rate),
@@ -320,13 +321,32 @@ class Player {
     this.compared.disabled = !same.length;
   }
 
+  // The list has changed: stay with the episode that is looked at, unless it is the newest, nobody has stepped into it, and there is a newer one
+  refresh() {
+    const { episodes } = this.source, place = (key) => episodes.findIndex((e) => e.key === key), key = this.here?.key, other = this.otherKey;
+    this.source.forget();
+    const at = key == null ? -1 : place(key), idle = this.follow && this.here === this.first && this.step === 0 && !this.timer;
+    this.other = other == null || place(other) < 0 ? null : place(other);
+    if (at < 0 || (idle && episodes[0].key !== key)) { this.order(); if (episodes.length) this.go(this.shown[0] ?? 0); return; }
+    this.at = at; this.here = episodes[at]; this.first = episodes[0];
+    this.order(); this.name();
+  }
+
+  name() {
+    const place = this.shown.indexOf(this.at);
+    this.title.textContent = `${this.here.label || `episode ${this.here.index ?? this.at}`}${place < 0 ? '' : ` — ${place + 1} of ${this.shown.length}`}`;
+  }
+
   async go(i) {
-    if (!this.source.episodes.length) { this.title.textContent = 'no episodes'; return; }
+    if (!this.source.episodes.length) { this.title.textContent = 'no episodes yet'; return; }
     this.pause();
+    this.first = this.source.episodes[0];
     const keep = this.other != null && this.source.episodes[i].seed === this.source.episodes[this.at].seed && i !== this.other;
     this.at = i; this.here = this.source.episodes[i]; this.other = keep ? this.other : null;
+    this.otherKey = this.other == null ? null : this.source.episodes[this.other].key;
     const asked = this.asked = Symbol('asked'), wanted = [i, ...(this.other == null ? [] : [this.other])];
-    const episodes = await Promise.all(wanted.map((k) => this.source.episode(k)));
+    let episodes;
+    try { episodes = await Promise.all(wanted.map((k) => this.source.episode(k))); } catch (error) { if (this.asked === asked) this.title.textContent = error.message; return; }
     if (this.asked !== asked) return;
     for (const side of this.sides) side.sized.disconnect();
     this.sides = episodes.map((episode) => { const side = new Side(this); side.load(episode); return side; });
@@ -337,8 +357,7 @@ class Player {
     if (!has(this.quantity)) { this.quantity = 'none'; }
     this.colours.value = this.quantity;
     this.recolour();
-    const place = this.shown.indexOf(i);
-    this.title.textContent = `${this.here.label || `episode ${this.here.index ?? i}`} — ${place < 0 ? '' : `${place + 1} of ${this.shown.length}`}`;
+    this.name();
     this.slider.max = Math.max(...this.sides.map((side) => side.steps));
     this.listing();
     this.seek(0);
@@ -359,6 +378,7 @@ class Player {
 
   seek(step) {
     const last = +this.slider.max;
+    this.hideTip();
     this.step = Math.max(0, Math.min(last, step));
     this.slider.value = this.step;
     this.slider.setAttribute('aria-valuetext', `step ${this.step} of ${last}`);
@@ -403,23 +423,22 @@ class Player {
     if (!this.sides.length) return;
     this.pause();
     const { episode } = this.sides[0], t = Math.min(this.step, episode.turns.length - 1), turn = episode.turns[t];
-    const texts = { observation: turn.observation, system: episode.system ?? '', response: '' };
-    const names = { observation: 'another observation', system: 'another system prompt', response: 'how the response begins' };
-    const what = h('select', { 'aria-label': 'What to change', onchange: () => { area.value = texts[what.value]; } }, ...Object.entries(names).map(([value, name]) => h('option', { value }, name)));
-    const area = h('textarea', { 'aria-label': 'The new text' });
-    area.value = texts.observation;
-    const note = h('span', { class: 'note', role: 'status' }, 'sampled with the policy as it is now; not part of training');
+    const field = (name, text, hint) => { const area = h('textarea', { 'aria-label': name, placeholder: hint, rows: 2 }); area.value = text; return [h('label', {}, name, area), area, text]; };
+    const fields = { observation: field('what it is told', turn.observation), system_prompt: field('system prompt', episode.system ?? ''), begin: field('how the response begins', '', turn.response) };
+    if (turn.choices) delete fields.begin;      // it chooses among whole responses
+    const note = h('span', { class: 'note', role: 'status' }, 'played with the policy as it is now, to the end; not part of training');
     const go = h('button', { type: 'button', onclick: async () => {
       go.disabled = true; note.className = 'note'; note.textContent = 'playing…';
+      const changes = Object.fromEntries(Object.entries(fields).filter(([, [, area, was]]) => area.value !== was).map(([name, [, area]]) => [name, area.value]));
       try {
-        const made = await this.source.branch(this.at, t, what.value, area.value);
-        this.closeEditor(); this.order(); this.other = made;
-        await this.go(this.at); this.seek(t);
+        const made = await this.source.branch(this.at, t, changes);
+        this.closeEditor(); this.order();
+        await this.compare(made); this.seek(t);
       } catch (error) { note.className = 'note bad'; note.textContent = error.message; go.disabled = false; }
     } }, 'sample from here');
-    this.editor.replaceChildren(h('div', { class: 'row' }, h('b', {}, `branch from turn ${t}`), what), area, h('div', { class: 'row' }, go, h('button', { type: 'button', onclick: () => this.closeEditor() }, 'cancel'), note));
+    this.editor.replaceChildren(h('b', {}, `branch from turn ${t}`), h('div', { class: 'fields' }, ...Object.values(fields).map(([label]) => label)), h('div', { class: 'row' }, go, h('button', { type: 'button', onclick: () => this.closeEditor() }, 'cancel'), note));
     this.editor.hidden = false;
-    area.focus();
+    fields.observation[1].focus();
   }
 
   closeEditor() { this.editor.hidden = true; this.editor.replaceChildren(); this.el.focus(); }
@@ -432,9 +451,9 @@ class Source {
     this.listen = (message, buffers) => this.answer(message, buffers);
     model.on('msg:custom', this.listen);
     if (model.get('can_branch')) {
-      this.branch = async (episode, turn, what, text) => {
-        const { made } = await this.ask({ type: 'branch', episode, turn, what, text });
-        return made;
+      this.branch = async (i, turn, changes) => {
+        const { made } = await this.ask({ type: 'branch', episode: this.episodes[i].key, turn, changes });
+        return this.episodes.findIndex((e) => e.key === made);
       };
     }
   }
@@ -455,9 +474,12 @@ class Source {
   }
 
   episode(i) {
-    if (!this.known.has(i)) this.known.set(i, this.ask({ type: 'episode', episode: i }).then((message) => message.data));
-    return this.known.get(i);
+    const { key } = this.episodes[i];
+    if (!this.known.has(key)) this.known.set(key, this.ask({ type: 'episode', episode: key }).then((message) => message.data));
+    return this.known.get(key);
   }
+
+  forget() { const keys = new Set(this.episodes.map((e) => e.key)); for (const key of this.known.keys()) if (!keys.has(key)) this.known.delete(key); }
 
   frame(key) {
     if (!this.frames.has(key)) {
@@ -472,8 +494,8 @@ class Source {
 function render({ model, el }) {
   const host = h('div'), source = new Source(model);
   el.append(host);
-  const player = new Player(source, host.attachShadow({ mode: 'open' }));
-  const changed = () => { source.known.clear(); player.order(); if (!player.sides.length) player.go(0); };
+  const player = new Player(source, host.attachShadow({ mode: 'open' }), { small: model.get('small'), follow: model.get('follow') });
+  const changed = () => player.refresh();
   model.on('change:episodes', changed);
   const themes = new MutationObserver(() => player.dress());
   for (const target of [document.body, document.documentElement]) themes.observe(target, { attributes: true, attributeFilter: ['data-jp-theme-light', 'data-theme'] });

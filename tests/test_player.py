@@ -1,5 +1,8 @@
 """The episode player, as far as it goes without a browser: its data against the episodes, its messages, its pages."""
 
+import base64
+import dataclasses
+import io
 import json
 import re
 
@@ -8,9 +11,10 @@ import pytest
 from doubles import config, lake, lake_agent, make_policy
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from llamagym.buffer import Episode, Turn
-from llamagym.player import EpisodePlayer, FrameTable, episode_data, summary_data, token_data, token_texts
+from llamagym.player import EpisodePlayer, FrameTable, animation, episode_data, summary_data, token_data, token_texts
 from llamagym.rollout import collect
 from llamagym.scored import ScoredAgent
 from llamagym.tiny import tiny_tokenizer
@@ -101,7 +105,7 @@ def test_player_pages_hold_text_as_text(played, tmp_path):
     assert page.count("<script") == 1 == page.count("</script>") and page.count("<img") == 0 and "<!--" not in page
     assert "default-src 'none'" in page and not re.search(r"""(src|href)=["']?https?:""", page)
     state = re.search(r"state = (\{.*\}), heard = \[\];", page)[1]
-    assert json.loads(state)["data"][0]["turns"][0]["observation"] == RUDE
+    assert json.loads(state)["data"]["0"]["turns"][0]["observation"] == RUDE
 
 
 def test_player_pages_are_small_and_the_same_again(played, tmp_path):
@@ -114,17 +118,67 @@ def test_player_pages_are_small_and_the_same_again(played, tmp_path):
 
 
 def test_player_shapes(played, monkeypatch):
-    """A widget in a notebook, a page in the docs, text where a notebook is committed"""
+    """A widget in a notebook, a page in the docs, a picture or text where a notebook is committed"""
     agent, episodes = played
     player = EpisodePlayer(episodes, agent.tokenizer)
     for name in ("IN_TEST", "LLAMAGYM_DOCS"):
         monkeypatch.delenv(name, raising=False)
     assert "application/vnd.jupyter.widget-view+json" in str(player._repr_mimebundle_())
     monkeypatch.setenv("IN_TEST", "1")
-    assert set(player._repr_mimebundle_()) == {"text/plain"} and "turn 0" in player._repr_mimebundle_()["text/plain"]
+    assert base64.b64decode(player._repr_mimebundle_()["image/png"]) == animation(episodes[0])
+    bare = EpisodePlayer(dataclasses.replace(episodes[0], turns=[dataclasses.replace(turn, frame=None) for turn in episodes[0].turns]))
+    assert set(bare._repr_mimebundle_()) == {"text/plain"} and "turn 0" in bare._repr_mimebundle_()["text/plain"]
     monkeypatch.setenv("LLAMAGYM_DOCS", "1")
     assert "<script" in player._repr_mimebundle_()["text/html"]
     assert repr(player) == "EpisodePlayer(5 episodes of FrozenLake-v1)" and repr(EpisodePlayer([])) == "EpisodePlayer(0 episodes)"
+
+
+def test_player_animation_shows_each_step(played):
+    """The environment's picture as it was drawn, but for the colours of a common palette; nothing where there are none"""
+    _, episodes = played
+    picture = Image.open(io.BytesIO(animation(episodes[0])))
+    assert picture.n_frames <= len(episodes[0]) + 1 and picture.info["loop"] == 0     # steps that look alike are one
+    drawn = Image.open(io.BytesIO(episodes[0].turns[0].frame)).convert("RGB")
+    drawn.thumbnail((196, 196))
+    left, top = 8 + (196 - drawn.width) // 2, 8 + (196 - drawn.height) // 2
+    shown = np.asarray(picture.convert("RGB"), dtype=int)[top : top + drawn.height, left : left + drawn.width]
+    assert np.abs(shown - np.asarray(drawn, dtype=int)).mean() < 4
+    rude = Turn(RUDE * 9 + "\x1b[31m\u202e\0", RUDE * 9, frame=np.zeros((8, 8, 3), np.uint8))
+    assert Image.open(io.BytesIO(animation(Episode([rude])))).size == (640, 212)
+    assert animation(Episode([Turn("a", "b", frame="text")])) is None is animation(Episode())
+
+
+def test_player_branches_from_a_turn(played):
+    """As the page asks: what has changed, and nothing else; what comes of it is in the list, with all its numbers"""
+    agent, episodes = played
+    player, sent = EpisodePlayer(episodes, agent=agent), []
+    player.send = lambda content, buffers=None: sent.append((content, buffers))
+    assert player.can_branch and not EpisodePlayer(episodes, agent.tokenizer).can_branch
+    player._heard(player, dict(type="branch", episode=player.episodes[3]["key"], turn=1, changes=dict(begin="I", observation="Row 4."), id=1), [])
+    content, _ = sent.pop()
+    assert content == dict(id=1, made=player.episodes[-1]["key"]) and len(player.episodes) == 6
+    data = player._data(content["made"])
+    assert data["turns"][1]["observation"] == "Row 4." and data["turns"][1]["tokens"]["given"] == [0] and data["seed"] == episodes[3].seed
+    assert data["turns"][0]["frame"] == player._data(player.episodes[3]["key"])["turns"][0]["frame"]
+    assert all(turn["value"] is not None for turn in data["turns"]) and data["turns"][-1]["tokens"]["kl"][-1] is not None
+    assert [player.episodes[i]["key"] for i in range(5)] == list(range(5))
+    player._heard(player, dict(type="branch", episode=content["made"], turn=0, changes={}, id=2), [])
+    assert sent.pop()[0]["made"] == player.episodes[-1]["key"]
+    player._heard(player, dict(type="branch", episode=0, turn=0, changes=dict(begin="word " * 20), id=3), [])
+    assert "leaves nothing to sample" in sent.pop()[0]["error"] and len(player.episodes) == 7
+    assert not agent.buffer
+
+
+def test_player_shows_other_episodes(played):
+    """Those that stay keep their keys; pictures of an episode whose list has changed are still found"""
+    agent, episodes = played
+    player = EpisodePlayer(episodes[:3], agent.tokenizer)
+    picture = player._data(1)["turns"][0]["frame"]
+    player.show([episodes[4], episodes[1]], ["new", None])
+    assert [(e["key"], e["label"]) for e in player.episodes] == [(3, "new"), (1, None)]
+    assert player._answer(dict(type="frame", frame=picture)) == ({}, [episodes[1].turns[0].frame])
+    with pytest.raises(KeyError, match="no longer kept"):
+        player._data(0)
 
 
 def test_player_of_episodes_without_a_model():
