@@ -159,7 +159,8 @@ def quickstart(
     folder = Path(output).resolve()
     notebook = notebook or find_tutorial()
     (folder / "summary.json").unlink(missing_ok=True)
-    environment = {"LLAMAGYM_OUTPUT": str(folder), "LLAMAGYM_SEED": str(seed), "LLAMAGYM_FAST": "1" if fast else "0"}
+    environment = {"LLAMAGYM_OUTPUT": str(folder), "LLAMAGYM_SEED": str(seed), "LLAMAGYM_FAST": "1" if fast else "0",
+                   "IN_TEST": "1"}     # pictures instead of widgets, which are dead without their kernel
     run_notebook(notebook, folder / notebook.name, environment)
     summary = read_summary(folder)
     summary["artifacts"] = {"executed notebook": folder / notebook.name, **summary["artifacts"]}

@@ -1,21 +1,8 @@
 // The episode player. One source for three shapes: a live widget (anywidget calls `render` with a model of its own), and a page
-// without a kernel (which calls it with a model that answers from what the page holds). Texts come from models and environments:
-// they are only ever set as text, never as HTML.
+// without a kernel (which calls it with a model that answers from what the page holds).
 
 const CSS = `
-:host { display: block; container-type: inline-size; }
-.player {
-  --ink: #1c2330; --soft: #5b6474; --faint: #8a93a3; --line: #d9dee6; --paper: #ffffff; --panel: #f5f7fa; --accent: #1f6fb2; --warn: #b4500b;
-  --plus: 31, 111, 178; --minus: 193, 85, 10; --one: 122, 74, 166;
-  color: var(--ink); background: var(--paper); border: 1px solid var(--line); border-radius: 8px; font: 13px/1.45 system-ui, sans-serif; outline: none; }
-.player.dark {
-  --ink: #e6e9ef; --soft: #a9b2c0; --faint: #7d8797; --line: #3a4250; --paper: #171b22; --panel: #1f252e; --accent: #6cb2eb; --warn: #f0a45d;
-  --plus: 90, 170, 235; --minus: 240, 140, 70; --one: 178, 132, 224; }
-.player:focus-visible { box-shadow: 0 0 0 2px var(--accent); }
-button, select { font: inherit; color: inherit; background: var(--paper); border: 1px solid var(--line); border-radius: 5px; padding: 2px 8px; min-height: 26px; }
-[hidden] { display: none !important; }
-button { cursor: pointer; } button svg { width: 14px; height: 14px; margin: 0; display: inline-block; vertical-align: -2px; fill: currentColor; } button:hover:not(:disabled) { border-color: var(--accent); } button:disabled { opacity: .45; cursor: default; }
-button:focus-visible, select:focus-visible, input:focus-visible, textarea:focus-visible, summary:focus-visible, .talk:focus-visible { outline: 2px solid var(--accent); outline-offset: 1px; }
+button svg { width: 14px; height: 14px; margin: 0; display: inline-block; vertical-align: -2px; fill: currentColor; }
 .bar { display: flex; flex-wrap: wrap; gap: 6px 8px; align-items: center; padding: 8px 10px; border-bottom: 1px solid var(--line); background: var(--panel); border-radius: 8px 8px 0 0; }
 .bar .title { font-weight: 600; flex: 1 1 auto; min-width: 12em; }
 .bar label, .controls label { color: var(--soft); display: inline-flex; gap: 4px; align-items: center; }
@@ -29,7 +16,7 @@ button:focus-visible, select:focus-visible, input:focus-visible, textarea:focus-
 .frame img { max-width: 100%; max-height: 100%; image-rendering: auto; } .frame pre { margin: 0; padding: 8px; font: 12px/1.4 ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: anywhere; }
 .facts { display: grid; grid-template-columns: auto 1fr; gap: 1px 10px; margin: 8px 0 0; font-variant-numeric: tabular-nums; }
 .facts dt { color: var(--soft); } .facts dd { margin: 0; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
-svg.chart { display: block; width: 100%; height: 84px; margin-top: 8px; } svg text { font: 10px system-ui, sans-serif; fill: var(--soft); }
+svg.chart { display: block; width: 100%; height: 84px; margin-top: 8px; }
 .talk { overflow-y: auto; height: 396px; border: 1px solid var(--line); border-radius: 6px; padding: 6px 8px; position: relative; min-width: 0; }
 .talk details { color: var(--soft); margin-bottom: 6px; } .talk summary { cursor: pointer; }
 .plain { white-space: pre-wrap; overflow-wrap: anywhere; }
@@ -67,19 +54,6 @@ const QUANTITIES = {
   none: { name: 'nothing', kind: 'none', help: '' },
 };
 
-// Elements: `h('div', {class: 'x', onclick: f}, 'text', child)`; strings become text nodes
-function h(tag, props = {}, ...children) {
-  const svg = ['svg', 'g', 'path', 'line', 'circle', 'text', 'title'].includes(tag) && props.svg !== false;
-  const el = svg ? document.createElementNS('http://www.w3.org/2000/svg', tag) : document.createElement(tag);
-  for (const [name, value] of Object.entries(props)) {
-    if (value == null || value === false || name === 'svg') continue;
-    if (name.startsWith('on')) el.addEventListener(name.slice(2), value);
-    else el.setAttribute(name, value === true ? '' : value);
-  }
-  el.append(...children.flat().filter((c) => c != null));
-  return el;
-}
-
 const ICONS = { play: 'M3 1.5v11l9-5.5z', pause: 'M3 2h3v10H3zM8 2h3v10H8z', first: 'M1 2h2v10H1zM8 2v10L3.5 7zM13 2v10L8.5 7z', back: 'M11 2v10L5 7zM2 2h2v10H2z', forward: 'M3 2v10l6-5zM10 2h2v10h-2z', up: 'M9 2v10L3 7z', down: 'M5 2v10l6-5z' };
 const icon = (name) => h('svg', { viewBox: '0 0 14 14', 'aria-hidden': 'true' }, h('path', { d: ICONS[name] }));
 const short = (text, n = 60) => (text.length > n ? `${text.slice(0, n - 1)}…` : text);
@@ -92,8 +66,6 @@ function terminal(text) {
   return parts;
 }
 
-const number = (x, digits = 3) => (x == null || Number.isNaN(x) ? '–' : Object.is(x, -0) ? '0' : String(+x.toFixed(digits)).replace('-', '−'));
-const range = (n) => Array.from({ length: n }, (_, i) => i);
 const largest = (values) => values.reduce((most, x) => (x == null ? most : Math.max(most, Math.abs(x))), 0);
 
 // How strongly, and in which direction, a number is coloured: -1 to 1
@@ -275,21 +247,13 @@ class Player {
     this.table = h('div', { class: 'list' });
     this.editor = h('div', { class: 'edit', hidden: true });
     this.tip = h('div', { class: 'tip', role: 'tooltip', hidden: true });
-    this.el = h('div', { class: this.small ? 'player small' : 'player', tabindex: '0', role: 'region', 'aria-label': 'Episode player: space plays, arrows step, j and k change the episode' },
+    this.el = h('div', { class: this.small ? 'widget small' : 'widget', tabindex: '0', role: 'region', 'aria-label': 'Episode player: space plays, arrows step, j and k change the episode' },
       h('div', { class: 'bar' }, this.prev, this.next, this.title, h('label', {}, 'show', this.filter), h('label', {}, 'colour', this.colours), this.legend, h('label', {}, 'compare', this.compared), this.edit),
       h('div', { class: 'wide' }, this.area, this.tip), this.editor,
       h('div', { class: 'controls' }, button('First step', 'first', () => this.seek(0)), button('Step back', 'back', () => this.seek(this.step - 1)), this.button, button('Step forward', 'forward', () => this.seek(this.step + 1)), this.slider, this.where, this.rate),
       this.table);
     this.el.addEventListener('keydown', (e) => this.key(e));
-    this.root.append(h('style', {}, CSS), this.el);
-    this.dress();
-  }
-
-  // Dark where JupyterLab is, else where the page or the system is
-  dress() {
-    const lab = document.body.dataset.jpThemeLight, theme = document.documentElement.dataset.theme || document.body.dataset.theme;
-    const dark = lab ? lab === 'false' : theme === 'dark' || theme === 'light' ? theme === 'dark' : window.matchMedia('(prefers-color-scheme: dark)').matches;
-    this.el.classList.toggle('dark', dark);
+    this.root.append(h('style', {}, THEME + CSS), this.el);
   }
 
   order() {
@@ -346,7 +310,8 @@ class Player {
     this.otherKey = this.other == null ? null : this.source.episodes[this.other].key;
     const asked = this.asked = Symbol('asked'), wanted = [i, ...(this.other == null ? [] : [this.other])];
     let episodes;
-    try { episodes = await Promise.all(wanted.map((k) => this.source.episode(k))); } catch (error) { if (this.asked === asked) this.title.textContent = error.message; return; }
+    const slow = setTimeout(() => { if (this.asked === asked) this.title.textContent = 'waiting for the kernel…'; }, 1500);
+    try { episodes = await Promise.all(wanted.map((k) => this.source.episode(k))); } catch (error) { if (this.asked === asked) this.title.textContent = error.message; return; } finally { clearTimeout(slow); }
     if (this.asked !== asked) return;
     for (const side of this.sides) side.sized.disconnect();
     this.sides = episodes.map((episode) => { const side = new Side(this); side.load(episode); return side; });
@@ -460,9 +425,11 @@ class Source {
 
   get episodes() { return this.model.get('episodes'); }
 
+  // A first message may come to a kernel's ear before there is a thread that listens while a cell runs: what can be asked twice is
   ask(message) {
-    const id = this.next += 1;
-    return new Promise((resolve, reject) => { this.waiting.set(id, { resolve, reject }); this.model.send({ ...message, id }); });
+    const id = this.next += 1, send = () => this.model.send({ ...message, id });
+    const again = message.type === 'branch' ? [] : [2000, 6000].map((after) => setTimeout(() => { if (this.waiting.has(id)) send(); }, after));
+    return new Promise((resolve, reject) => { this.waiting.set(id, { resolve, reject }); send(); }).finally(() => again.forEach(clearTimeout));
   }
 
   answer(message, buffers) {
@@ -475,13 +442,16 @@ class Source {
 
   episode(i) {
     const { key } = this.episodes[i];
-    if (!this.known.has(key)) this.known.set(key, this.ask({ type: 'episode', episode: key }).then((message) => message.data));
+    const given = this.model.get('given');
+    if (!this.known.has(key)) this.known.set(key, given?.key === key ? Promise.resolve(given.data) : this.ask({ type: 'episode', episode: key }).then((message) => message.data));
     return this.known.get(key);
   }
 
   forget() { const keys = new Set(this.episodes.map((e) => e.key)); for (const key of this.known.keys()) if (!keys.has(key)) this.known.delete(key); }
 
   frame(key) {
+    const given = this.model.get('given')?.frames?.[key];
+    if (given && !this.frames.has(key)) this.frames.set(key, Promise.resolve(given));
     if (!this.frames.has(key)) {
       this.frames.set(key, this.ask({ type: 'frame', frame: key }).then(({ data, buffers }) => data ?? URL.createObjectURL(new Blob([buffers[0]], { type: 'image/png' }))));
     }
@@ -497,9 +467,8 @@ function render({ model, el }) {
   const player = new Player(source, host.attachShadow({ mode: 'open' }), { small: model.get('small'), follow: model.get('follow') });
   const changed = () => player.refresh();
   model.on('change:episodes', changed);
-  const themes = new MutationObserver(() => player.dress());
-  for (const target of [document.body, document.documentElement]) themes.observe(target, { attributes: true, attributeFilter: ['data-jp-theme-light', 'data-theme'] });
-  return () => { player.pause(); themes.disconnect(); model.off('change:episodes', changed); source.close(); };
+  const undress = keepDressed(player.el);
+  return () => { player.pause(); undress(); model.off('change:episodes', changed); source.close(); };
 }
 
 export default { render };

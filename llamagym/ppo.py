@@ -49,6 +49,7 @@ STATS = dict(
     grad_norm="of the policy's gradient before clipping, a mean over steps",
     logprob_gap="largest difference between the sampler's log-probabilities and the learner's, nats, over the tokens of the first step, before it is taken",
     mean_return="mean undiscounted return of the episodes",
+    std_return="standard deviation of these returns",
     mean_length="mean turns per episode",
     invalid_rate="share of responses without an action",
     epochs="passes over the batch; fewer than configured, and the last one not whole, where target_kl stopped them",
@@ -59,8 +60,8 @@ STATS = dict(
 # %% ../nbs/07_ppo.ipynb #89d7cb82
 def _episode_stats(episodes: Sequence[Episode]) -> dict[str, float]:
     "What is known without looking at the policy"
-    turns = [turn for episode in episodes for turn in episode.turns]
-    return dict(mean_return=float(np.mean([e.total_reward for e in episodes])), mean_length=len(turns) / len(episodes),
+    turns, returns = [turn for episode in episodes for turn in episode.turns], [episode.total_reward for episode in episodes]
+    return dict(mean_return=float(np.mean(returns)), std_return=float(np.std(returns)), mean_length=len(turns) / len(episodes),
                 invalid_rate=float(np.mean([not t.valid for t in turns])))
 
 def _explained_variance(returns: Tensor, values: Tensor) -> float:

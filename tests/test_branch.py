@@ -13,7 +13,7 @@ from walks import Walk
 
 from llamagym.agent import Agent
 from llamagym.batch import Batch
-from llamagym.branch import CannotBranch, begin_ids, branch, replay
+from llamagym.branch import CannotBranch, begin_ids, branch, draw_again, replay
 from llamagym.frames import Frames
 from llamagym.passes import learner_logprobs
 from llamagym.rollout import collect
@@ -191,9 +191,11 @@ def test_branch_has_pictures_where_the_episode_has():
     assert [t.frame for t in made.turns[:3]] == [t.frame for t in episode.turns[:3]] and made.final_frame
     bare, = collect(agent, episodes=1)
     assert branch(agent, bare, 2).turns[0].frame is None
-    slot = replay(agent, bare, 3, frames=Frames(100))
-    assert slot.env.frame == episode.turns[3].frame
-    slot.close()
+    drawn = draw_again(agent, bare, size=100)
+    assert [t.frame for t in drawn.turns] == [t.frame for t in episode.turns] and drawn.final_frame == episode.final_frame
+    assert bare.turns[0].frame is None
+    with replay(agent, bare, frames=Frames(100)) as (slot, turns):
+        assert [next(turns) for _ in range(4)] == [0, 1, 2, 3] and slot.env.frame == episode.turns[3].frame
 
 
 def test_branch_where_actions_are_chosen():

@@ -3,7 +3,9 @@
 Needs Chromium (Debian: apt-get install chromium), and is skipped without it.
 """
 
+import json
 import re
+import time
 
 import pytest
 from browser import CHROMIUM, FLAGS, jupyter_lab, notebook, open_notebook, shot, watch
@@ -185,4 +187,66 @@ def test_browser_texts_stay_texts(page, saved):
     assert player.locator("img, script").count() == 0
     assert player.locator(".turn .plain").first.text_content() == RUDE and RUDE in player.locator(".talk details").text_content()
     shot(page, "rude")
+    assert not page.complaints
+
+
+RUN = """
+from llamagym.monitor import TrainingMonitor
+monitor = TrainingMonitor(every=0.2, share=1.0)
+output = {folder!r}
+run = Trainer(agent, config=TrainerConfig(updates=400, eval_every=5, eval_episodes=8, output_dir=output), callbacks=[monitor]).fit()
+"""
+
+
+def test_browser_monitor_of_a_run(page, lab, request, tmp_path):
+    """Curves while it goes on; pause, set, save and stop do what they say, and stand in the metrics"""
+    folder, address = lab
+    notebook(folder / "monitor.ipynb", begin(request), RUN.format(folder=str(tmp_path / "run")), "print(run)")
+    open_notebook(page, address, "monitor.ipynb")
+    monitor, player = page.get_by_role("region", name="Training monitor"), page.get_by_role("region", name="Episode player")
+    monitor.wait_for(timeout=90_000)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+
+    def lines():
+        return [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
+
+    def events():
+        return [event for line in lines() for event in line.get("events", [])]
+
+    monitor.get_by_role("button", name="pause").click(timeout=60_000)    # as soon as the page knows that it is heard
+    monitor.locator(".phase", has_text="paused").wait_for(timeout=60_000)
+    page.wait_for_timeout(300)
+    held = len(lines())
+    page.wait_for_timeout(700)
+    assert len(lines()) == held
+    monitor.get_by_label("KL coefficient", exact=True).fill("0.25")
+    monitor.get_by_label("set the KL coefficient").click()
+    monitor.get_by_label("learning rate", exact=True).fill("-1")
+    monitor.get_by_label("set the learning rate").click()
+    monitor.locator(".note.warn", has_text="expected a number above 0").wait_for(timeout=10_000)
+    monitor.get_by_label("learning rate", exact=True).fill("0.00005")
+    monitor.get_by_label("set the learning rate").click()
+    monitor.get_by_role("button", name="save now").click()
+    monitor.locator(".note", has_text="saved to").wait_for(timeout=10_000)
+    assert (tmp_path / "run" / "checkpoint" / "trainer.json").exists()
+    monitor.get_by_role("button", name="resume").click()
+    deadline = time.monotonic() + 60
+    while len(lines()) < held + 8 and time.monotonic() < deadline:
+        page.wait_for_timeout(100)
+    assert len(lines()) >= held + 8
+    player.locator(".turn").first.wait_for(timeout=10_000)
+    assert player.locator("tbody tr").count() == 8
+    page.set_viewport_size(dict(width=1200, height=1700))
+    monitor.locator(".chart svg").first.hover(position=dict(x=120, y=50))
+    assert " at " in monitor.locator(".chart .now").nth(3).text_content()
+    shot(page, "monitor_running")
+    monitor.get_by_role("button", name="stop after this update").click()
+    monitor.locator(".phase", has_text="stopped").wait_for(timeout=60_000)
+    assert monitor.get_by_role("button", name="save now").is_disabled()
+    page.locator(".jp-OutputArea-output pre", has_text="interrupted after").wait_for(timeout=20_000)
+    shot(page, "monitor_stopped")
+    told = events()
+    assert told[0] == "KL coefficient 0.1 → 0.25" and told[1] == "learning rate 0.0001 → 5e-05" and told[2].startswith("saved to")
+    assert told[3].startswith("paused for") and told[4:] == ["stopped by hand"]
+    assert [line["kl_coef"] for line in lines()][held + 1 :] == [0.25] * (len(lines()) - held - 1)     # it was set after the update that the pause came after
     assert not page.complaints
