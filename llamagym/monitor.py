@@ -20,7 +20,7 @@ import anywidget
 import numpy as np
 import traitlets
 
-from .agent import TaskAgent
+
 from .branch import draw_again
 from .buffer import Episode
 from .player import EpisodePlayer, hear_in_any_thread, script
@@ -185,7 +185,7 @@ class TrainingMonitor(Progress):
         from IPython.display import display
         from ipywidgets import VBox
         agent = trainer.agent
-        known = agent.words.reference_returns if isinstance(agent, TaskAgent) else {}
+        known = trainer.references
         self.widget, self.player = MonitorWidget(), EpisodePlayer([], agent=agent, env=trainer.env, small=True)
         self.player.follow, self.desk = True, Desk(self.widget)
         self.references = {name: float(known[name]) for name in ("random", "optimal") if name in known}

@@ -15,7 +15,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -203,6 +203,7 @@ class Run:
     history: list[dict[str, float]] # the metrics of every update
     evaluation: Evaluation | None   # the last one
     interrupted: bool               # stopped by hand before its last update
+    references: dict[str, float] = field(default_factory=dict) # expected returns of known policies, where the task knows any
     def __repr__(self):
         state = "interrupted" if self.interrupted else "finished"
         last = f", last return {self.history[-1]['mean_return']:.3f}" if self.history else ""
@@ -303,7 +304,12 @@ class Trainer:
             try:
                 if self._saved != self.update: self.save_checkpoint()
             finally: self._tell("on_fit_end")
-        return Run(self.output_dir, self.history, self.evaluation, interrupted or self.update < self.updates)
+        return Run(self.output_dir, self.history, self.evaluation, interrupted or self.update < self.updates, self.references)
+
+    @property
+    def references(self) -> dict[str, float]:
+        "Expected returns of known policies, where the agent's task knows any"
+        return dict(self.agent.words.reference_returns) if isinstance(self.agent, TaskAgent) and self.env is None else {}
 
     def stop(self) -> None:
         "Let `fit` end after the update under way, as if it had been the last one; for callbacks, and other threads"
