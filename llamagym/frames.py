@@ -9,6 +9,8 @@ __all__ = ['as_png', 'from_png', 'Frames', 'drawing', 'draw']
 import functools
 import hashlib
 import io
+import os
+import sys
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -84,6 +86,8 @@ class _Made:
         self.name, self.make, self.mode, self.max_steps = name, make, mode, max_steps
 
     def __call__(self) -> gym.Env:
+        if sys.platform == "linux" and not {"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.keys():
+            os.environ.setdefault("SDL_VIDEODRIVER", "dummy")     # without a screen, pygame need not look for one, and complain
         env = self.make(render_mode=self.mode)
         if self.mode == "rgb_array":
             try:

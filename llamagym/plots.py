@@ -195,6 +195,8 @@ def plot_episode(
         points = [(t, getattr(turn, name)) for t, turn in enumerate(episode.turns) if getattr(turn, name) is not None]
         if points: above.plot(*zip(*points), style, ms=4, color="C1" if name == "value" else "C4", label=name)
     above.axhline(0, color="0.8", lw=0.8, zorder=0)
+    above.use_sticky_edges = False
+    above.margins(x=0.02, y=0.1)
     above.set(xlabel="turn", ylabel="reward", title=_plain(repr(episode).removeprefix("Episode(").removesuffix(")")))
     above.title.set_fontsize(10)
     above.legend(fontsize=8, ncols=4, loc="best")
