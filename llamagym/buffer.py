@@ -282,18 +282,18 @@ def _frame_row(frame: np.ndarray|bytes|str|None) -> dict[str, Any]|None:
     if not isinstance(frame, np.ndarray) or frame.dtype != np.uint8: raise TypeError(f"frame is {_short(frame)}: expected a uint8 array [H, W, 3], a PNG file's contents, or a text")
     return dict(shape=list(frame.shape), data=frame.tobytes(), kind="array")
 
-def _frame_of(row: dict[str, Any]|None) -> np.ndarray|bytes|str|None:
-    "The frame of a struct"
+def _frame_of(row: dict[str, Any]|None, pictures: dict[bytes, bytes]) -> np.ndarray|bytes|str|None:
+    "The frame of a struct; equal pictures are one object"
     if row is None: return None
-    if row.get("kind") == "png": return row["data"]
+    if row.get("kind") == "png": return pictures.setdefault(row["data"], row["data"])
     if row.get("kind") == "text": return row["data"].decode(errors="surrogatepass")
     return np.frombuffer(row["data"], dtype=np.uint8).reshape(row["shape"]).copy()
 
-def _turn_of(row: dict[str, Any]) -> Turn:
+def _turn_of(row: dict[str, Any], pictures: dict[bytes, bytes]) -> Turn:
     "The turn of a struct"
     for name in _FLOAT32: row[name] = None if row[name] is None else np.array(row[name], dtype=np.float32)
     row |= dict(action=json.loads(row["action"]), flags=json.loads(row["flags"]))
-    row["frame"] = _frame_of(row["frame"])
+    row["frame"] = _frame_of(row["frame"], pictures)
     if row["top_alternatives"] is not None: row["top_alternatives"] = [[(a["id"], a["logprob"]) for a in token] for token in row["top_alternatives"]]
     return Turn(**row)
 
@@ -304,10 +304,10 @@ def _episode_row(episode: Episode) -> dict[str, Any]:
     return row | dict(turns=[_turn_row(turn) for turn in episode.turns], segments=[dict(ids=s.ids, mask=s.mask) for s in episode.segments],
                       seed=None if episode.seed is None else str(int(episode.seed)), info=_json(episode.info, "info"), final_frame=_frame_row(episode.final_frame))
 
-def _episode_of(row: dict[str, Any]) -> Episode:
+def _episode_of(row: dict[str, Any], pictures: dict[bytes, bytes]) -> Episode:
     "The episode of a row"
-    return Episode(**row | dict(turns=[_turn_of(turn) for turn in row["turns"]], segments=[Segment(**s) for s in row["segments"]],
-                                seed=None if row["seed"] is None else int(row["seed"]), info=json.loads(row["info"]), final_frame=_frame_of(row.get("final_frame"))))
+    return Episode(**row | dict(turns=[_turn_of(turn, pictures) for turn in row["turns"]], segments=[Segment(**s) for s in row["segments"]],
+                                seed=None if row["seed"] is None else int(row["seed"]), info=json.loads(row["info"]), final_frame=_frame_of(row.get("final_frame"), pictures)))
 
 # %% ../nbs/02_buffer.ipynb #bac4a970
 def _arrow_row(i: int, episode: Episode) -> pa.RecordBatch:
@@ -339,7 +339,8 @@ def _load_parquet(path: Path) -> list[Episode]:
             if version is None: raise ValueError(f"{path} holds no episodes")
             if version != _VERSION:
                 raise ValueError(f"{path} is of format {version.decode()}, this version reads {_VERSION.decode()}: install the one that wrote it")
-            episodes = [_episode_of(row) for batch in file.iter_batches(batch_size=256) for row in batch.to_pylist()]
+            pictures: dict[bytes, bytes] = {}
+            episodes = [_episode_of(row, pictures) for batch in file.iter_batches(batch_size=256) for row in batch.to_pylist()]
             if len(episodes) != file.metadata.num_rows: raise KeyError(f"{len(episodes)} of {file.metadata.num_rows} rows are there")    # a page's header has no checksum
             return episodes
     except (pa.ArrowException, OSError, KeyError, TypeError) as e: raise ValueError(f"{path} is not a Parquet file, or is damaged: {e}") from e

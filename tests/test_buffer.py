@@ -298,7 +298,8 @@ def test_micro_batches_partition(seed, budget, shuffled):
     assert sorted(i for p in parts for i in p.turn_index.tolist()) == list(range(batch.num_turns))
     assert sum(p.num_rows for p in parts) == batch.num_rows
     for part in parts:
-        assert part.num_rows == 1 or part.num_rows * max(part.row_lengths) <= budget
+        rows = len({row.tobytes() for row in part.rows})     # equal ones go through the model once
+        assert rows == 1 or rows * max(part.row_lengths) <= budget
 
 
 def test_micro_batches_are_shuffled_by_the_generator_alone():

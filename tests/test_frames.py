@@ -91,3 +91,12 @@ def test_frames_of_many_games_are_small():
 def test_frames_bad_input(frame, what):
     with pytest.raises(TypeError, match=f"a frame is {what}: expected a uint8 array"):
         Frames().keep(frame)
+
+
+def test_frames_of_a_file_are_kept_once(tmp_path):
+    agent = lake_agent(make_policy("lora"))
+    episodes = collect(agent, episodes=3, num_envs=3, frames=True)
+    episodes.save(tmp_path / "e.parquet")
+    loaded = EpisodeBuffer.load(tmp_path / "e.parquet")
+    pictures = [turn.frame for episode in loaded for turn in episode.turns]
+    assert list(loaded) == list(episodes) and len(set(map(id, pictures))) == len(set(pictures)) < len(pictures)
