@@ -19,7 +19,7 @@ from .agent import Agent, Dialogue
 from .buffer import Episode, Turn
 from .chat import cut_markers, encode_pieces
 from .frames import Frames, from_png
-from .rollout import Slot, Snapshot
+from .rollout import EpisodeSlot, Snapshot
 from .task import Outcome
 
 # %% ../nbs/11_branch.ipynb #46b2812b
@@ -59,11 +59,11 @@ def replay(
     episode: Episode,       # that was played, in an environment of this kind
     env: Any = None,        # id, factory or instance; an agent of a task knows its own
     frames: Frames | None = None, # draw it on the way
-) -> Iterator[tuple[Slot, Iterator[int]]]: # the environment with a session of the agent, and the turns: at each of them it has shown that turn's observation
+) -> Iterator[tuple[EpisodeSlot, Iterator[int]]]: # the environment with a session of the agent, and the turns: at each of them it has shown that turn's observation
     "Play an episode's responses again, from its seed on. Raises `CannotBranch` where that does not lead to the same"
     if episode.seed is None: raise CannotBranch(f"{episode!r} has no seed to reset its environment with: only what `collect` plays has one")
     env = agent.task(env).env if env is None else env
-    slot = Slot(agent, _own_copy(agent, env), False, frames)
+    slot = EpisodeSlot(agent, _own_copy(agent, env), False, frames)
     def turns() -> Iterator[int]:
         slot.reset(episode.seed)
         slot.session.get_system_prompt()     # asked once an episode: a user's method may prepare something there
@@ -129,7 +129,7 @@ def _check_branch(agent: Agent, episode: Episode, turn: int, texts: dict[str, st
         if not isinstance(text, str | None): raise TypeError(f"{name}={text!r}: expected text, or None to leave it as it was")
 
 @contextmanager
-def _place(agent: Agent, episode: Episode, turn: int, env: Any, snapshot: Snapshot | None) -> Iterator[Slot]:
+def _place(agent: Agent, episode: Episode, turn: int, env: Any, snapshot: Snapshot | None) -> Iterator[EpisodeSlot]:
     "The environment and the session at a turn"
     if snapshot is None:
         with replay(agent, episode, env, _frames_like(episode)) as (slot, turns):
@@ -138,7 +138,7 @@ def _place(agent: Agent, episode: Episode, turn: int, env: Any, snapshot: Snapsh
             yield slot
         return
     kept = Snapshot.of(snapshot.session, snapshot.env)
-    slot = Slot(agent, kept.env.task.env, False, kept.env.frames)
+    slot = EpisodeSlot(agent, kept.env.task.env, False, kept.env.frames)
     slot.session, slot.env, slot.task = kept.session, kept.env, kept.env.task
     try: yield slot
     finally: slot.close()

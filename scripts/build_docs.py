@@ -1,13 +1,15 @@
 """Build the HTML site from the notebooks: python scripts/build_docs.py [_site]
 
 Every notebook becomes a page. Where a notebook exports a definition, the page shows its signature, its parameters with
-their comments, and a link to its source; the code itself is folded away beneath. Nothing is imported or run, and nothing
-is fetched: the modules are read, the notebooks' outputs are shown as they are stored, and mathematics becomes MathML.
+their comments, and a link to its source; the code itself is folded away beneath. Nothing is fetched: the modules are read,
+the notebooks' outputs are shown as they are stored, and mathematics becomes MathML. Only a notebook with cells marked
+`#| exec_doc` is run, and these cells show what they give then: a player that plays, where the notebook holds a picture.
 The finished site is checked: every public name has an entry, every internal link leads somewhere, and every table is one.
 """
 
 import argparse
 import ast
+import contextlib
 import hashlib
 import html
 import io
@@ -365,7 +367,8 @@ FENCED = re.compile(r"(^(?P<fence>`{3,}|~{3,}).*?^(?P=fence)[ \t]*$|``.+?``|\$\$
 class Pages:
     "Turns notebooks into MyST notebooks for Sphinx"
 
-    def __init__(self, notebooks: Path, modules: dict[str, Module], repository: str, branch: str):
+    def __init__(self, notebooks: Path, modules: dict[str, Module], repository: str, branch: str, run: bool = False):
+        self.run = run  # the notebooks with cells marked exec_doc
         self.notebooks, self.modules, self.source = notebooks, modules, f"{repository}/blob/{branch}/{notebooks.name}"
         self.paths = notebook_paths(notebooks)
         self.pages = {path.as_posix(): page_name(path) for path in self.paths}
@@ -401,6 +404,10 @@ class Pages:
     def convert(self, path: Path) -> dict:
         book = json.loads((self.notebooks / path).read_text(encoding="utf-8"))
         page, cells, module = self.pages[path.as_posix()], [], None
+        marked = [c for c in book["cells"] if c["cell_type"] == "code" and "exec_doc" in split_directives("".join(c["source"]))[0]]
+        outputs = outputs_of(self.notebooks / path) if self.run and marked else {}
+        for cell in marked:
+            cell["outputs"] = outputs.get(cell["id"], cell["outputs"])
         for cell in book["cells"]:
             text = "".join(cell["source"])
             if cell["cell_type"] == "markdown":
@@ -470,6 +477,17 @@ class Pages:
         return "\n\n".join([*blocks, "```{toctree}\n:hidden:\n:caption: Project\n\nchangelog\ngenindex\n```"])
 
 
+def outputs_of(notebook: Path) -> dict[str, list]:
+    "Run a notebook for its page: the outputs of its cells, by their ids"
+    from llamagym.cli import run_notebook
+
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        made = Path(folder) / notebook.name
+        run_notebook(notebook, made, {"LLAMAGYM_DOCS": "1", "IN_TEST": ""})
+        book = json.loads(made.read_text(encoding="utf-8"))
+    return {cell["id"]: [o for o in cell["outputs"] if o["output_type"] != "stream"] for cell in book["cells"] if cell["cell_type"] == "code"}
+
+
 def markdown(text: str) -> dict:
     return {"cell_type": "markdown", "id": hashlib.sha1(text.encode()).hexdigest()[:12], "metadata": {}, "source": text}
 
@@ -505,14 +523,14 @@ def settings() -> ConfigParser:
     return parser["DEFAULT"]
 
 
-def build(site: Path, notebooks: Path = ROOT / "nbs", package: Path = ROOT / PACKAGE) -> list[str]:
-    "Build the site, and return what is wrong with it"
+def build(site: Path, notebooks: Path = ROOT / "nbs", package: Path = ROOT / PACKAGE, run: bool = False) -> list[str]:
+    "Build the site, and return what is wrong with it; `run` notebooks that want to be"
     from sphinx.application import Sphinx
     from sphinx.util.docutils import docutils_namespace
 
     config = settings()
     modules = read_modules(package)
-    pages = Pages(notebooks, modules, config["repository"], config["branch"])
+    pages = Pages(notebooks, modules, config["repository"], config["branch"], run)
     version = re.search(r'^__version__ = "(.+?)"', (package / "__init__.py").read_text(encoding="utf-8"), re.MULTILINE)[1]
     with tempfile.TemporaryDirectory() as temporary:
         source = Path(temporary) / "source"
@@ -554,7 +572,7 @@ def fingerprint(notebooks: Path = ROOT / "nbs", package: Path = ROOT / PACKAGE) 
     "A digest of everything a site is made from"
     digest = hashlib.sha256()
     own = [ROOT / "CHANGELOG.md", ROOT / "settings.ini", *(ROOT / "scripts").rglob("*.*")]
-    for path in sorted([*(notebooks / p for p in [*notebook_paths(notebooks), *picture_paths(notebooks)]), *package.glob("*.py"), *own]):
+    for path in sorted([*(notebooks / p for p in [*notebook_paths(notebooks), *picture_paths(notebooks)]), *package.glob("*.py"), *package.glob("*.js"), *own]):
         if "__pycache__" not in path.parts:
             digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()
@@ -609,7 +627,7 @@ def main() -> int:
     arguments = argparse.ArgumentParser(description="Build the HTML site from the notebooks.")
     arguments.add_argument("site", nargs="?", default="_site", type=Path, help="folder to write (default: %(default)s)")
     site = arguments.parse_args().site.resolve()
-    problems = build(site)
+    problems = build(site, run=True)
     for problem in problems:
         print(problem, file=sys.stderr)
     if problems:

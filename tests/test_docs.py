@@ -1,5 +1,6 @@
 "The site: every public name has an entry, every internal link resolves, and nothing is fetched from elsewhere."
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -189,3 +190,14 @@ def scale(point: Point, *, factor: float = 2.0): "Larger"
     assert (moved.signature, moved.parameters[0].comment, moved.returns.comment) == ("(by: float = 1.0) -> 'Point'", "metres", "another place")
     assert (norm.kind, norm.signature) == ("property", ": float")
     assert entries["scale"].signature == "(point: Point, *, factor: float = 2.0)"
+
+
+@pytest.mark.slow
+def test_a_player_plays_in_the_site():
+    "A notebook whose cells want to be run for their page is run; what it says on the way stays away"
+    outputs = build_docs.outputs_of(ROOT / "nbs" / "13_player.ipynb")
+    marked = [c["id"] for c in json.loads((ROOT / "nbs" / "13_player.ipynb").read_text())["cells"] if "#| exec_doc" in "".join(c["source"])]
+    assert marked
+    for cell in marked:
+        (shown,) = outputs[cell]
+        assert '<script type="module">' in "".join(shown["data"]["text/html"])
