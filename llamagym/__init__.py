@@ -13,19 +13,21 @@ if TYPE_CHECKING:
     from .agent import Agent
     from .buffer import Episode, EpisodeBuffer
     from .config import Config
+    from .player import EpisodePlayer
     from .policy import Policy
     from .rollout import collect, evaluate
     from .task import Task
     from .trainer import Trainer
     from .warmstart import clone
 
-__all__ = ["Agent", "Config", "Episode", "EpisodeBuffer", "Policy", "Task", "Trainer", "clone", "collect", "evaluate"]
+__all__ = ["Agent", "Config", "Episode", "EpisodeBuffer", "EpisodePlayer", "Policy", "Task", "Trainer", "clone", "collect", "evaluate"]
 
 _MODULE_OF = {
     "Agent": "agent",
     "Config": "config",
     "Episode": "buffer",
     "EpisodeBuffer": "buffer",
+    "EpisodePlayer": "player",
     "Policy": "policy",
     "Task": "task",
     "Trainer": "trainer",

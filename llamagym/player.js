@@ -17,7 +17,7 @@ button svg { width: 14px; height: 14px; margin: 0; display: inline-block; vertic
 .facts { display: grid; grid-template-columns: auto 1fr; gap: 1px 10px; margin: 8px 0 0; font-variant-numeric: tabular-nums; }
 .facts dt { color: var(--soft); } .facts dd { margin: 0; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
 svg.chart { display: block; width: 100%; height: 84px; margin-top: 8px; }
-.talk { overflow-y: auto; height: 396px; border: 1px solid var(--line); border-radius: 6px; padding: 6px 8px; position: relative; min-width: 0; }
+.talk { overflow-y: auto; height: 416px; border: 1px solid var(--line); border-radius: 6px; padding: 6px 8px; position: relative; min-width: 0; }
 .talk details { color: var(--soft); margin-bottom: 6px; } .talk summary { cursor: pointer; }
 .plain { white-space: pre-wrap; overflow-wrap: anywhere; }
 .turn { border-left: 3px solid transparent; padding: 4px 8px; margin: 2px 0; border-radius: 4px; cursor: pointer; content-visibility: auto; contain-intrinsic-size: auto 70px; }
@@ -40,7 +40,7 @@ svg.chart { display: block; width: 100%; height: 84px; margin-top: 8px; }
 .edit { padding: 8px 10px; border-top: 1px solid var(--line); display: grid; gap: 6px; } .edit textarea { width: 100%; box-sizing: border-box; min-height: 64px; font: 12.5px/1.5 ui-monospace, monospace; color: inherit; background: var(--paper); border: 1px solid var(--line); border-radius: 5px; padding: 6px; }
 .edit .fields { display: grid; grid-template-columns: repeat(auto-fit, minmax(220px, 1fr)); gap: 8px; } .edit label { display: grid; gap: 2px; color: var(--soft); } .edit .row { display: flex; flex-wrap: wrap; gap: 8px; align-items: center; } .note { color: var(--soft); } .note.bad { color: var(--warn); }
 .wide { position: relative; }
-.small .frame { height: 150px; } .small .talk { height: 246px; } .small svg.chart { height: 64px; } .small .facts dd, .small .facts dt { font-size: 12px; } .small .list { max-height: 132px; }
+.small .frame { height: 150px; } .small .talk { height: 266px; } .small svg.chart { height: 64px; } .small .facts dd, .small .facts dt { font-size: 12px; } .small .list { max-height: 132px; }
 @container (max-width: 620px) { .side { grid-template-columns: minmax(0, 1fr); } .sides.two { grid-template-columns: minmax(0, 1fr); } .sides.two .side + .side { border-left: 0; border-top: 1px solid var(--line); } }
 @media (prefers-reduced-motion: no-preference) { .talk { scroll-behavior: auto; } }
 `;
@@ -146,27 +146,27 @@ class Side {
     this.scale = scale;
   }
 
-  // Return so far as steps, value as dots, the current step as a line
+  get sums() { const sums = [0]; for (const turn of this.episode.turns) sums.push(sums.at(-1) + turn.reward); return sums; }
+
+  // Return so far as steps, value as dots, the current step as a line; on one scale with what stands beside it
   draw() {
-    const { turns } = this.episode, n = turns.length, left = 34, right = 8, top = 6, bottom = 16, W = Math.max(160, this.chart.clientWidth || 280), H = this.player.small ? 64 : 84;
+    const beside = this.player.sides.includes(this) ? this.player.sides : [this], { turns } = this.episode, n = Math.max(...beside.map((side) => side.steps)), { sums } = this, left = 42, right = 8, top = 6, bottom = 16, W = Math.max(160, this.chart.clientWidth || 280), H = this.player.small ? 64 : 84;
     this.drawn = this.chart.clientWidth;
     this.chart.setAttribute('viewBox', `0 0 ${W} ${H}`);
-    const sums = [0];
-    for (const turn of turns) sums.push(sums.at(-1) + turn.reward);
-    const values = turns.map((turn) => turn.value), known = [...sums, ...values.filter((v) => v != null)];
+    const values = turns.map((turn) => turn.value), known = beside.flatMap((side) => [...side.sums, ...side.episode.turns.map((turn) => turn.value)]).filter((v) => v != null);
+    const digits = (x) => number(+x.toPrecision(2), 5);
     let low = Math.min(...known), high = Math.max(...known);
     if (low === high) { low -= 1; high += 1; }
     this.x = (s) => left + (W - left - right) * (n ? s / n : 0);
     const y = (v) => top + (H - top - bottom) * (1 - (v - low) / (high - low));
     let path = `M${this.x(0)},${y(0)}`;
-    for (let s = 1; s <= n; s += 1) path += `H${this.x(s)}V${y(sums[s])}`;
+    for (let s = 1; s <= turns.length; s += 1) path += `H${this.x(s)}V${y(sums[s])}`;
     this.mark = h('line', { y1: top, y2: H - bottom, stroke: 'var(--accent)', 'stroke-width': 1.5 });
-    this.sums = sums;
     this.chart.replaceChildren(
       h('line', { x1: left, x2: W - right, y1: y(Math.max(low, Math.min(high, 0))), y2: y(Math.max(low, Math.min(high, 0))), stroke: 'var(--line)' }),
       h('path', { d: path, fill: 'none', stroke: 'var(--ink)', 'stroke-width': 1.5 }),
       ...values.map((v, s) => (v == null ? null : h('circle', { cx: this.x(s), cy: y(v), r: n > 60 ? 1 : 2, fill: 'var(--warn)' }))), this.mark,
-      h('text', { x: left - 4, y: y(high) + 4, 'text-anchor': 'end' }, number(high, 2)), h('text', { x: left - 4, y: y(low) + 3, 'text-anchor': 'end' }, number(low, 2)),
+      h('text', { x: left - 4, y: y(high) + 4, 'text-anchor': 'end' }, digits(high)), h('text', { x: left - 4, y: y(low) + 3, 'text-anchor': 'end' }, digits(low)),
       h('text', { x: left, y: H - 3 }, values.some((v) => v != null) ? 'return so far (line), value (dots)' : 'return so far'), h('text', { x: W - right, y: H - 3, 'text-anchor': 'end' }, `step ${n}`));
   }
 
@@ -180,7 +180,7 @@ class Side {
       if (over < 0 || over + row.offsetHeight > this.talk.clientHeight) this.talk.scrollTop = row.offsetTop - Math.min(40, this.talk.clientHeight / 4);
     }
     this.place(step);
-    const facts = turn ? [['action', turn.valid ? turn.action : `${turn.action} (stood in)`], ['reward', number(turn.reward)], ['value', number(turn.value)], ['advantage', number(turn.advantage)], ['valid', turn.valid ? 'yes' : `no: ${turn.reason || ''}`]] : [['end', this.episode.end]];
+    const facts = turn ? [['action', turn.valid ? turn.action : `${turn.action} (stood in)`], ['reward', number(turn.reward)], ...(turn.returns == null ? [] : [['return from here', number(turn.returns)]]), ['value', number(turn.value)], ['advantage', number(turn.advantage)], ['valid', turn.valid ? 'yes' : `no: ${turn.reason || ''}`]] : [['end', this.episode.end]];
     this.facts.replaceChildren(...[['return so far', number(this.sums[s])], ...facts].flatMap(([name, text]) => [h('dt', {}, name), h('dd', { title: String(text) }, String(text))]));
     this.view(s, turn ? turn.frame : this.episode.finalFrame, turn ? turn.observation : this.episode.final ?? this.episode.end);
   }
@@ -317,6 +317,7 @@ class Player {
     this.sides = episodes.map((episode) => { const side = new Side(this); side.load(episode); return side; });
     this.area.classList.toggle('two', this.sides.length > 1);
     this.area.replaceChildren(...this.sides.map((side) => side.el));
+    if (this.sides.length > 1) for (const side of this.sides) side.draw();
     const has = (q) => q === 'none' || this.sides.some((side) => side.episode.turns.some((t) => t.tokens && t.tokens[q] && t.tokens[q].some((x) => x != null)));
     for (const option of this.colours.options) option.disabled = !has(option.value);
     if (!has(this.quantity)) { this.quantity = 'none'; }

@@ -82,7 +82,7 @@ def turn_data(
 ) -> dict[str, Any]:
     "A turn as the player reads it"
     plain = {name: getattr(turn, name) for name in ("observation", "thought", "response", "valid", "stopped")}
-    numbers = {name: _round(getattr(turn, name)) for name in ("reward", "value", "advantage")}
+    numbers = {name: _round(getattr(turn, name)) for name in ("reward", "returns", "value", "advantage")}
     choices = None
     if turn.candidates is not None and turn.candidate_logprobs is not None:
         choices = [[text, _round(p), text == turn.response] for text, p in zip(turn.candidates, turn.candidate_logprobs)]

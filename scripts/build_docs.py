@@ -308,7 +308,7 @@ def notebook_paths(notebooks: Path) -> list[Path]:
 def picture_paths(notebooks: Path) -> list[Path]:
     "Pictures that notebooks show, relative to the notebooks' folder"
     folders = {path.parent for path in notebook_paths(notebooks)}
-    return sorted(path.relative_to(notebooks) for folder in folders for path in (notebooks / folder).glob("*.svg"))
+    return sorted(path.relative_to(notebooks) for folder in folders for kind in ("svg", "png") for path in (notebooks / folder).glob(f"*.{kind}"))
 
 
 def page_name(notebook: Path) -> str:

@@ -1,6 +1,6 @@
 """Write README.md from nbs/index.ipynb: python scripts/readme.py; with --check, only say whether it is up to date.
 
-Prose stays as it is, apart from links to notebooks, which become links into nbs/; code cells become code blocks,
+Prose stays as it is, apart from links to notebooks and pictures, which become links into nbs/; code cells become code blocks,
 followed by what they printed or showed.
 """
 
@@ -36,7 +36,7 @@ def readme(notebook: Path = NOTEBOOK) -> str:
         if not text or "hide" in directives:
             continue
         if cell["cell_type"] == "markdown":
-            blocks.append(re.sub(r"\]\((?!\w+:|#)([^)\s]+\.ipynb)", r"](nbs/\1", text))
+            blocks.append(re.sub(r"\]\((?!\w+:|#)([^)\s]+\.(?:ipynb|png|svg))", r"](nbs/\1", text))
         elif cell["cell_type"] == "code":
             blocks.append(f"```python\n{text}\n```")
             blocks += [text for output in cell["outputs"] if (text := output_text(output))]

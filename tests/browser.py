@@ -79,11 +79,13 @@ def watch(page) -> list[str]:
     return complaints
 
 
-def open_notebook(page, address: str, name: str, run: bool = True) -> None:
-    """Open a notebook in JupyterLab, and run it from top to bottom; does not wait for its end"""
+def open_notebook(page, address: str, name: str, run: bool = True, subshells: bool = True) -> None:
+    """Open a notebook in JupyterLab, and run it from top to bottom; does not wait for its end. Without `subshells`, its kernel hears widgets between cells only"""
     page.goto(f"{address}/lab/tree/{name}?reset")
     page.wait_for_function("() => window.jupyterapp?.shell?.currentWidget?.sessionContext", timeout=90_000)
     page.evaluate(READY)
+    if not subshells:
+        page.evaluate("() => { window.jupyterapp.shell.currentWidget.sessionContext.session.kernel.commsOverSubshells = 'disabled' }")
     if run:
         page.evaluate("() => { window.jupyterapp.commands.execute('notebook:run-all-cells') }")
 

@@ -250,3 +250,26 @@ def test_browser_monitor_of_a_run(page, lab, request, tmp_path):
     assert told[3].startswith("paused for") and told[4:] == ["stopped by hand"]
     assert [line["kl_coef"] for line in lines()][held + 1 :] == [0.25] * (len(lines()) - held - 1)     # it was set after the update that the pause came after
     assert not page.complaints
+
+
+DEAF = """
+from llamagym.monitor import TrainingMonitor
+run = Trainer(agent, config=TrainerConfig(updates=6, eval_every=0, output_dir={folder!r}), callbacks=[TrainingMonitor(every=0.0, share=1.0)]).fit()
+"""
+
+
+def test_browser_monitor_that_is_not_heard(page, lab, request, tmp_path):
+    """A kernel without subshells: the buttons are off and say why, the curves and the newest episode are there while the run goes on"""
+    folder, address = lab
+    notebook(folder / "deaf.ipynb", begin(request), DEAF.format(folder=str(tmp_path / "run")))
+    open_notebook(page, address, "deaf.ipynb", subshells=False)
+    monitor, player = page.get_by_role("region", name="Training monitor"), page.get_by_role("region", name="Episode player")
+    player.locator(".turn").first.wait_for(timeout=90_000)      # nobody answers its questions yet
+    assert monitor.locator(".phase").text_content() == "running"
+    assert monitor.get_by_role("button").evaluate_all("all => all.every((b) => b.disabled)") and "stop button" in monitor.locator(".note").text_content()
+    shot(page, "monitor_deaf")
+    monitor.locator(".phase", has_text="finished").wait_for(timeout=60_000)
+    assert monitor.locator(".note").text_content() == ""
+    player.get_by_label("Next episode").click()
+    player.locator(".title", has_text="2 of 8").wait_for(timeout=10_000)     # now it is heard
+    assert not page.complaints
