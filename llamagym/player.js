@@ -194,13 +194,14 @@ class Side {
     const key = frame == null || frame.text != null ? `text ${step}` : `frame ${frame}`;
     if (key === this.viewed) return;
     this.viewed = key;
-    if (frame == null || frame.text != null) { this.picture.replaceChildren(h('pre', {}, ...(frame == null ? [text] : terminal(frame.text)))); return; }
+    const inWords = () => { if (this.viewed === key) this.picture.replaceChildren(h('pre', {}, ...(frame == null || frame.text == null ? [text] : terminal(frame.text)))); };
+    if (frame == null || frame.text != null) { inWords(); return; }
     this.player.source.frame(frame).then((url) => {
       if (this.viewed !== key) return;
       if (!this.image) this.image = h('img', { alt: '' });
       this.image.src = url; this.image.alt = text;
       if (this.picture.firstChild !== this.image) this.picture.replaceChildren(this.image);
-    });
+    }, inWords);
   }
 
   hover(event) {
@@ -410,6 +411,8 @@ class Player {
   closeEditor() { this.editor.hidden = true; this.editor.replaceChildren(); this.el.focus(); }
 }
 
+const KEPT = 500;    // pictures in the page's memory, at most
+
 // What a widget's model knows: summaries at once, episodes and frames when they are asked for
 class Source {
   constructor(model) {
@@ -456,10 +459,13 @@ class Source {
     if (!this.frames.has(key)) {
       this.frames.set(key, this.ask({ type: 'frame', frame: key }).then(({ data, buffers }) => data ?? URL.createObjectURL(new Blob([buffers[0]], { type: 'image/png' }))));
     }
+    while (this.frames.size > KEPT) { const [oldest] = this.frames.keys(); this.release(oldest); }
     return this.frames.get(key);
   }
 
-  close() { this.model.off('msg:custom', this.listen); for (const url of this.frames.values()) url.then((u) => { if (u.startsWith('blob:')) URL.revokeObjectURL(u); }); }
+  release(key) { this.frames.get(key).then((url) => { if (url.startsWith('blob:')) URL.revokeObjectURL(url); }, () => {}); this.frames.delete(key); }
+
+  close() { this.model.off('msg:custom', this.listen); for (const key of [...this.frames.keys()]) this.release(key); }
 }
 
 function render({ model, el }) {
