@@ -191,6 +191,8 @@ class _Shared:
     lock: Any = field(default_factory=threading.RLock)  # held by the thread that plays or learns with the model
 
     def __deepcopy__(self, memo) -> "_Shared": return self
+    def __getstate__(self) -> dict[str, Any]: return {name: value for name, value in self.__dict__.items() if name != "lock"}
+    def __setstate__(self, state: dict[str, Any]) -> None: self.__dict__ |= state | dict(lock=threading.RLock())
 
 # %% ../nbs/09_agent.ipynb #5b424ea9
 def as_policy(

@@ -16,7 +16,7 @@ import gymnasium as gym
 import numpy as np
 
 from .agent import Agent, Dialogue
-from .buffer import Episode, Turn
+from .buffer import Episode, Turn, as_json
 from .chat import cut_markers, encode_pieces
 from .frames import Frames, from_png
 from .rollout import EpisodeSlot, Snapshot
@@ -33,7 +33,7 @@ def _told(episode: Episode) -> list[int]:
 def _differs(episode: Episode, k: int, out: Outcome | None, seen: str) -> str | None:
     "In what a turn that is played again is not the one that was recorded, if in anything; `out` is what came of the one before"
     turn, old = episode.turns[k], episode.turns[k - 1]
-    if out is not None and (out.done or out.action != old.action): return f"turn {k - 1} came to action {out.action!r}{', and the end' if out.done else ''}, where it was {old.action!r}"
+    if out is not None and (out.done or as_json(out.action) != as_json(old.action)): return f"turn {k - 1} came to action {out.action!r}{', and the end' if out.done else ''}, where it was {old.action!r}"
     if seen != turn.observation and k not in _told(episode): return f"it shows {seen!r} at turn {k}, where it showed {turn.observation!r}"
     return None
 
@@ -63,7 +63,8 @@ def replay(
     "Play an episode's responses again, from its seed on. Raises `CannotBranch` where that does not lead to the same"
     if episode.seed is None: raise CannotBranch(f"{episode!r} has no seed to reset its environment with: only what `collect` plays has one")
     env = agent.task(env).env if env is None else env
-    slot = EpisodeSlot(agent, _own_copy(agent, env), False, frames)
+    own = _own_copy(agent, env)
+    slot = EpisodeSlot(agent, own, False, frames)
     def turns() -> Iterator[int]:
         slot.reset(episode.seed)
         slot.session.get_system_prompt()     # asked once an episode: a user's method may prepare something there
@@ -73,7 +74,9 @@ def replay(
             yield k
             slot.env.send(old.response)
     try: yield slot, turns()
-    finally: slot.close()
+    finally:
+        slot.close()
+        if own is not env: own.close()
 
 def draw_again(
     agent: Agent,     # that played
@@ -140,6 +143,7 @@ def _place(agent: Agent, episode: Episode, turn: int, env: Any, snapshot: Snapsh
     kept = Snapshot.of(snapshot.session, snapshot.env)
     slot = EpisodeSlot(agent, kept.env.task.env, False, kept.env.frames)
     slot.session, slot.env, slot.task = kept.session, kept.env, kept.env.task
+    if why := _differs(episode, turn, None, kept.env.observation): raise CannotBranch(f"the snapshot is not of turn {turn} of {episode!r}: {why}")
     try: yield slot
     finally: slot.close()
 
@@ -159,7 +163,9 @@ def branch(
     "Another way on from a turn. Raises `CannotBranch` where conversation or environment can't be brought back, `RuntimeError` while another thread plays"
     texts = dict(observation=observation, system_prompt=system_prompt, begin=begin)
     _check_branch(agent, episode, turn, texts)
-    changed, told = [name for name, text in texts.items() if text is not None], [k for k in _told(episode) if k < turn] + [turn] * (observation is not None)
+    changed, told = [name for name, text in texts.items() if text is not None], [k for k in _told(episode) if k <= turn]
+    if observation is None and turn in told: observation = episode.turns[turn].observation     # it was told so in the branch that this one is of
+    elif observation is not None and turn not in told: told.append(turn)
     about = dict(env_id=episode.env_id, seed=episode.seed, info=dict(branch=dict(of=episode.index, turn=turn, changed=changed, told=told)))
     how = dict(greedy=greedy, top=next((len(alternatives[0]) for t in episode.turns if (alternatives := t.top_alternatives)), 0))
     with agent.exclusive(wait=2.0), _place(agent, episode, turn, env, snapshot) as slot:

@@ -76,7 +76,7 @@ class Chart {
       h('path', { d: path(y), fill: 'none', stroke: 'rgb(var(--plus))', 'stroke-width': 1.6 }),
       ...(u.length === 1 && y[0] != null ? [h('circle', { cx: this.x(u[0]), cy: this.y(y[0]), r: 2.5, fill: 'rgb(var(--plus))' })] : []),
       ...dots.map(([at, v]) => h('circle', { cx: this.x(at), cy: this.y(v), r: 3, fill: 'rgb(var(--minus))' }, h('title', {}, `greedy evaluation after update ${at}: ${digits(v)}`))),
-      h('text', { x: left, y: H - 3 }, isReturn && dots.length ? 'dots: greedy evaluation' : ''), h('text', { x: W - right, y: H - 3, 'text-anchor': 'end' }, u.length ? `update ${u.at(-1)}` : ''), this.cross, this.dot);
+      h('text', { x: left, y: H - 3 }, isReturn && dots.length ? 'dots: greedy evaluation' : ''), h('text', { x: W - right, y: H - 3, 'text-anchor': 'end' }, u.length ? `update ${this.monitor.state.update}` : ''), this.cross, this.dot);
     this.mark(this.monitor.looked);
   }
 
@@ -89,7 +89,7 @@ class Chart {
 
   mark(i) {
     const { rows } = this.monitor.state, at = i == null ? this.values.length - 1 : i, v = this.values[at], show = i != null && v != null ? 'visible' : 'hidden', spread = this.what.key === 'return' ? rows.spread[at] : null;
-    this.now.textContent = `${digits(v)}${spread == null ? '' : ` ± ${digits(spread)}`}${i == null ? '' : ` at ${rows.update[i]}`}`;
+    this.now.textContent = `${digits(v)}${spread == null ? '' : ` ± ${digits(spread)}`}${i == null ? '' : ` at ${Math.round(rows.update[i])}`}`;
     for (const el of [this.cross, this.dot]) el.setAttribute('visibility', show);
     if (show === 'hidden') return;
     for (const name of ['x1', 'x2']) this.cross.setAttribute(name, this.x(rows.update[i]));
@@ -144,7 +144,7 @@ class Monitor {
     const s = this.state, { going } = this, on = going && s.live;
     this.title.textContent = s.title;
     this.phase.textContent = s.phase; this.phase.classList.toggle('warn', s.phase === 'failed' || s.phase === 'paused');
-    const left = s.update && going ? `, about ${clock(s.seconds / s.made * (s.updates - s.update))} left` : '';
+    const left = s.update && going ? `, about ${clock((s.time.collect + s.time.learn + s.time.evaluate) / s.made * (s.updates - s.update))} left` : '';
     this.times.textContent = `update ${s.update} of ${s.updates} · ${clock(s.seconds)}${s.made ? left : ''}`;
     this.done.style.width = `${100 * Math.min(1, s.update / s.updates)}%`;
     this.pause.textContent = s.phase === 'paused' || s.phase === 'pausing' ? 'resume' : 'pause';

@@ -6,6 +6,7 @@
 __all__ = ['CURVES', 'DEAF', 'SETTINGS', 'curves', 'pick', 'MonitorWidget', 'rates', 'Desk', 'said', 'TrainingMonitor']
 
 # %% ../nbs/14_monitor.ipynb #a7739e95
+import contextlib
 import math
 import sys
 import threading
@@ -13,7 +14,7 @@ import time
 import warnings
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+
 from typing import Any
 
 import anywidget
@@ -23,6 +24,7 @@ import traitlets
 
 from .branch import draw_again
 from .buffer import Episode
+from .frames import drawing
 from .player import EpisodePlayer, hear_in_any_thread, script
 from .trainer import Anneal, Progress, Trainer, in_notebook, register_callback
 
@@ -69,6 +71,11 @@ class MonitorWidget(anywidget.AnyWidget):
                                     time=dict.fromkeys(("collect", "learn", "evaluate", "other"), 0.0), kl_coef=0.0, learning_rate=0.0, note=DEAF))
         hear_in_any_thread(self)
         self.on_msg(self._heard)
+
+    def give_up(self) -> None:
+        "Hear nothing any more, and say so, if that still works"
+        self.listening = False
+        with contextlib.suppress(Exception): self.put(phase="gone", note="the monitor has failed; the run goes on, see the bar")
 
     def put(self, **changes) -> None:
         "Send a changed state"
@@ -123,7 +130,9 @@ class Desk:
         except Exception as error:      # a run does not end because a button was pressed
             self.widget.put(note=str(error), refused=True)
             return
-        if done: metrics.setdefault("events", []).append(done)
+        if done:
+            metrics.setdefault("events", []).append(done)
+            trainer.touch()
         phase = "stopping" if trainer.stopping else "running" if self.paused is None else "paused"
         self.widget.put(phase=phase, note=done or "", refused=False, said=said(trainer.history), **rates(trainer))
 
@@ -155,7 +164,7 @@ class TrainingMonitor(Progress):
     def __init__(self,
         every: float = 1.0,    # seconds between two pictures of the run, at least
         share: float = 0.01,   # of the run's processor time that it may take
-        frames: bool = True,   # draw the newest episode's environment, where that can be played again from its seed
+        frames: bool = True,   # draw the newest episode's environment, which is played again for it: where Gymnasium knows how it is drawn, and it has no process of its own
     ):
         if not (every >= 0 and 0 < share <= 1): raise ValueError(f"TrainingMonitor(every={every!r}, share={share!r}): expected seconds of at least 0, and a share between 0 and 1")
         self.every, self.share, self.frames = every, share, frames
@@ -163,18 +172,20 @@ class TrainingMonitor(Progress):
         self.spent = 0.0          # seconds of processor time
         self.drawing = 0.0        # of these, for the last picture of an environment
 
-    @contextmanager
+    @contextlib.contextmanager
     def _counted(self, trainer: Trainer) -> Iterator[None]:
         "Counts the time of this thread; where something goes wrong with the page, a bar takes its place"
         began = time.thread_time()
         try: yield
         except Exception as error:
             warnings.warn(f"the training monitor is gone ({type(error).__name__}: {error}); the run goes on", stacklevel=3)
+            if self.widget is not None: self.widget.give_up()
             self.widget = None
             super().on_fit_start(trainer)
         finally: self.spent += time.thread_time() - began
 
     def on_fit_start(self, trainer):
+        self.before = sys.exc_info()[1]     # of a fit within an `except`
         self.spent, self.began, self.cpu, self.sent, self.first = 0.0, time.monotonic(), time.process_time(), -math.inf, trainer.update
         self.widget, self.rollout, self.time = None, None, dict.fromkeys(("collect", "learn", "evaluate", "other"), 0.0)
         if not in_notebook(): return super().on_fit_start(trainer)
@@ -188,6 +199,8 @@ class TrainingMonitor(Progress):
         known = trainer.references
         self.widget, self.player = MonitorWidget(), EpisodePlayer([], agent=agent, env=trainer.env, small=True)
         self.player.follow, self.desk = True, Desk(self.widget)
+        task = agent.task(trainer.env)
+        self.frames = self.frames and not agent.config.rollout.workers and drawing(task.env, task.max_steps) is not None    # others may do things when they are played again
         self.references = {name: float(known[name]) for name in ("random", "optimal") if name in known}
         self.send(trainer, "running")
         display(VBox([self.widget, self.player]))
@@ -214,8 +227,9 @@ class TrainingMonitor(Progress):
         if self.widget is None: return super().on_fit_end(trainer)
         with self._counted(trainer):
             with self.widget.lock: self.widget.listening = False
-            phase = "failed" if sys.exc_info()[0] is not None else "finished" if trainer.update >= trainer.updates else "stopped"
+            phase = "failed" if sys.exc_info()[1] is not self.before else "finished" if trainer.update >= trainer.updates else "stopped"
             self.send(trainer, phase)
+        if self.widget is None: super().on_fit_end(trainer)
 
     @property
     def due(self) -> bool:
@@ -239,10 +253,11 @@ class TrainingMonitor(Progress):
         "Hand the newest episodes to the player"
         episodes, labels = pick(self.rollout)
         if self.frames and self.drawing <= self.share * (time.process_time() - self.cpu) - self.spent:
-            began = time.thread_time()
+            began = time.monotonic()        # an environment that sleeps takes time as well
             try: episodes[0] = draw_again(trainer.agent, episodes[0], trainer.env, 200)
             except Exception: self.frames = False     # what can't be played again is shown as text
-            self.frames = self.frames and episodes[0].final_frame is not None
-            self.drawing = time.thread_time() - began
-        self.player.show(episodes, labels, give=True)
+            self.drawing = time.monotonic() - began
+        there = set(map(id, episodes))
+        kept, names = zip(*self.player.branches) if self.player.branches else ((), ())
+        self.player.show([*episodes, *(e for e in kept if id(e) not in there)], [*labels, *(n for e, n in zip(kept, names) if id(e) not in there)], give=True)
         self.rollout = None

@@ -222,11 +222,11 @@ const SHOWN = { all: ['all, in order', null, true], best: ['best', 'return', fal
 
 class Player {
   constructor(source, root, { small = false, follow = false } = {}) {
-    this.source = source; this.root = root; this.small = small; this.follow = follow; this.step = 0; this.at = 0; this.speed = 2; this.sort = [null, true]; this.only = 'all'; this.sides = []; this.other = null;
+    this.source = source; this.root = root; this.small = small; this.follow = follow; this.step = 0; this.speed = 2; this.sort = [null, true]; this.only = 'all'; this.sides = []; this.other = null;
     this.quantity = 'logprob';
     this.build();
     this.order();
-    this.go(this.shown[0] ?? 0);
+    this.go(this.source.episodes[this.shown[0]]?.key);
   }
 
   build() {
@@ -268,7 +268,7 @@ class Player {
     this.only = which; this.filter.value = which;
     this.sort = SHOWN[which].slice(1);
     this.order();
-    if (this.shown.length) this.go(this.shown[0]);
+    if (this.shown.length) this.go(this.source.episodes[this.shown[0]].key);
   }
 
   listing() {
@@ -276,40 +276,44 @@ class Player {
       h('button', { type: 'button', onclick: () => { this.sort = [key, this.sort[0] === key ? !this.sort[1] : true]; this.order(); } }, name + (this.sort[0] === key ? (this.sort[1] ? ' ↑' : ' ↓') : '')))));
     const body = this.shown.slice(0, 500).map((i) => {
       const e = this.source.episodes[i];
-      return h('tr', { class: i === this.at ? 'here' : '', 'data-episode': i, onclick: () => this.go(i) }, ...COLUMNS.map(([key]) => h('td', {}, typeof e[key] === 'number' && key !== 'seed' ? number(e[key], 2) : String(e[key] ?? ''))));
+      return h('tr', { class: e.key === this.here?.key ? 'here' : '', 'data-episode': e.key, onclick: () => this.go(e.key) }, ...COLUMNS.map(([key]) => h('td', {}, typeof e[key] === 'number' && key !== 'seed' ? number(e[key], 2) : String(e[key] ?? ''))));
     });
     this.table.replaceChildren(h('table', { 'aria-label': 'Episodes' }, h('thead', {}, head), h('tbody', {}, ...body)));
     this.table.hidden = this.source.episodes.length < 2;
-    const same = this.source.episodes.map((e, i) => [i, e]).filter(([i, e]) => i !== this.at && this.here && e.seed != null && e.seed === this.here.seed);
-    this.compared.replaceChildren(h('option', { value: '' }, same.length ? 'nothing' : 'no other of this seed'), ...same.map(([i, e]) => h('option', { value: i }, e.label || `episode ${e.index ?? i}, return ${number(e.return, 2)}`)));
+    const same = this.source.episodes.filter((e) => this.here && e.key !== this.here.key && e.seed != null && e.seed === this.here.seed);
+    this.compared.replaceChildren(h('option', { value: '' }, same.length ? 'nothing' : 'no other of this seed'), ...same.map((e) => h('option', { value: e.key }, e.label || `episode ${e.index ?? e.key}, return ${number(e.return, 2)}`)));
     this.compared.value = this.other == null ? '' : String(this.other);
     this.compared.disabled = !same.length;
   }
 
-  // The list has changed: stay with the episode that is looked at, unless it is the newest, nobody has stepped into it, and there is a newer one
+  place(key) { return this.source.episodes.findIndex((e) => e.key === key); }
+
+  // The list has changed. Whoever steps, plays, compares or edits stays with what is looked at, also where it has gone from the list; else the newest is shown where that is followed
   refresh() {
-    const { episodes } = this.source, place = (key) => episodes.findIndex((e) => e.key === key), key = this.here?.key, other = this.otherKey;
-    this.source.forget();
-    const at = key == null ? -1 : place(key), idle = this.follow && this.here === this.first && this.step === 0 && !this.timer;
-    this.other = other == null || place(other) < 0 ? null : place(other);
-    if (at < 0 || (idle && episodes[0].key !== key)) { this.order(); if (episodes.length) this.go(this.shown[0] ?? 0); return; }
-    this.at = at; this.here = episodes[at]; this.first = episodes[0];
-    this.order(); this.name();
+    const { episodes } = this.source, busy = this.step > 0 || this.timer || this.other != null || !this.editor.hidden;
+    this.source.forget(this.here?.key, this.other);
+    const at = this.here == null ? -1 : this.place(this.here.key);
+    if (at >= 0) this.here = episodes[at];
+    const follows = this.follow && !busy && this.here === this.first && episodes[0]?.key !== this.here?.key;
+    this.order();
+    if (!this.sides.length || follows || (at < 0 && !busy)) { if (episodes.length) this.go(this.source.episodes[this.shown[0] ?? 0].key); return; }
+    this.first = episodes[0];
+    this.name();
   }
 
   name() {
-    const place = this.shown.indexOf(this.at);
-    this.title.textContent = `${this.here.label || `episode ${this.here.index ?? this.at}`}${place < 0 ? '' : ` — ${place + 1} of ${this.shown.length}`}`;
+    const at = this.place(this.here.key), place = this.shown.indexOf(at);
+    this.title.textContent = `${this.here.label || `episode ${this.here.index ?? this.here.key}`}${place < 0 ? '' : ` — ${place + 1} of ${this.shown.length}`}${at < 0 ? ' — of an earlier update' : ''}`;
   }
 
-  async go(i) {
+  async go(key) {
     if (!this.source.episodes.length) { this.title.textContent = 'no episodes yet'; return; }
     this.pause();
-    this.first = this.source.episodes[0];
-    const keep = this.other != null && this.source.episodes[i].seed === this.source.episodes[this.at].seed && i !== this.other;
-    this.at = i; this.here = this.source.episodes[i]; this.other = keep ? this.other : null;
-    this.otherKey = this.other == null ? null : this.source.episodes[this.other].key;
-    const asked = this.asked = Symbol('asked'), wanted = [i, ...(this.other == null ? [] : [this.other])];
+    if (!this.editor.hidden) this.closeEditor();
+    const next = this.source.episodes[this.place(key)] ?? this.here, beside = this.source.episodes[this.place(this.other)];
+    if (this.other !== null && (key === this.other || !beside || beside.seed !== next.seed)) this.other = null;
+    this.first = this.source.episodes[0]; this.here = next;
+    const asked = this.asked = Symbol('asked'), wanted = [key, ...(this.other == null ? [] : [this.other])];
     let episodes;
     const slow = setTimeout(() => { if (this.asked === asked) this.title.textContent = 'waiting for the kernel…'; }, 1500);
     try { episodes = await Promise.all(wanted.map((k) => this.source.episode(k))); } catch (error) { if (this.asked === asked) this.title.textContent = error.message; return; } finally { clearTimeout(slow); }
@@ -328,10 +332,9 @@ class Player {
     this.slider.max = Math.max(...this.sides.map((side) => side.steps));
     this.listing();
     this.seek(0);
-    this.source.opened?.(i);
   }
 
-  compare(i) { this.other = i; return this.go(this.at); }
+  compare(key) { this.other = key; return this.go(this.here.key); }
 
   recolour() {
     for (const side of this.sides) side.colour();
@@ -341,7 +344,7 @@ class Player {
     this.legend.title = help;
   }
 
-  hop(by) { const place = this.shown.indexOf(this.at) + by; if (place >= 0 && place < this.shown.length) this.go(this.shown[place]); }
+  hop(by) { const place = this.shown.indexOf(this.place(this.here?.key)) + by; if (place >= 0 && place < this.shown.length) this.go(this.source.episodes[this.shown[place]].key); }
 
   seek(step) {
     const last = +this.slider.max;
@@ -389,7 +392,7 @@ class Player {
   openEditor() {
     if (!this.sides.length) return;
     this.pause();
-    const { episode } = this.sides[0], t = Math.min(this.step, episode.turns.length - 1), turn = episode.turns[t];
+    const { episode } = this.sides[0], { key } = this.here, t = Math.min(this.step, episode.turns.length - 1), turn = episode.turns[t];
     const field = (name, text, hint) => { const area = h('textarea', { 'aria-label': name, placeholder: hint, rows: 2 }); area.value = text; return [h('label', {}, name, area), area, text]; };
     const fields = { observation: field('what it is told', turn.observation), system_prompt: field('system prompt', episode.system ?? ''), begin: field('how the response begins', '', turn.response) };
     if (turn.choices) delete fields.begin;      // it chooses among whole responses
@@ -398,9 +401,8 @@ class Player {
       go.disabled = true; note.className = 'note'; note.textContent = 'playing…';
       const changes = Object.fromEntries(Object.entries(fields).filter(([, [, area, was]]) => area.value !== was).map(([name, [, area]]) => [name, area.value]));
       try {
-        const made = await this.source.branch(this.at, t, changes);
-        this.closeEditor(); this.order();
-        await this.compare(made); this.seek(t);
+        this.other = await this.source.branch(key, t, changes);
+        await this.go(key); this.seek(t);
       } catch (error) { note.className = 'note bad'; note.textContent = error.message; go.disabled = false; }
     } }, 'sample from here');
     this.editor.replaceChildren(h('b', {}, `branch from turn ${t}`), h('div', { class: 'fields' }, ...Object.values(fields).map(([label]) => label)), h('div', { class: 'row' }, go, h('button', { type: 'button', onclick: () => this.closeEditor() }, 'cancel'), note));
@@ -416,14 +418,11 @@ const KEPT = 500;    // pictures in the page's memory, at most
 // What a widget's model knows: summaries at once, episodes and frames when they are asked for
 class Source {
   constructor(model) {
-    this.model = model; this.waiting = new Map(); this.known = new Map(); this.frames = new Map(); this.next = 0;
+    this.model = model; this.waiting = new Map(); this.known = new Map(); this.frames = new Map(); this.next = Math.floor(Math.random() * 2 ** 40);     // another view of the same widget hears the same answers
     this.listen = (message, buffers) => this.answer(message, buffers);
     model.on('msg:custom', this.listen);
     if (model.get('can_branch')) {
-      this.branch = async (i, turn, changes) => {
-        const { made } = await this.ask({ type: 'branch', episode: this.episodes[i].key, turn, changes });
-        return this.episodes.findIndex((e) => e.key === made);
-      };
+      this.branch = async (key, turn, changes) => (await this.ask({ type: 'branch', episode: key, turn, changes })).made;
     }
   }
 
@@ -444,20 +443,21 @@ class Source {
     else wait.resolve({ ...message, buffers });
   }
 
-  episode(i) {
-    const { key } = this.episodes[i];
+  episode(key) {
     const given = this.model.get('given');
     if (!this.known.has(key)) this.known.set(key, given?.key === key ? Promise.resolve(given.data) : this.ask({ type: 'episode', episode: key }).then((message) => message.data));
     return this.known.get(key);
   }
 
-  forget() { const keys = new Set(this.episodes.map((e) => e.key)); for (const key of this.known.keys()) if (!keys.has(key)) this.known.delete(key); }
+  forget(...looked) { const keys = new Set([...this.episodes.map((e) => e.key), ...looked]); for (const key of this.known.keys()) if (!keys.has(key)) this.known.delete(key); }
 
   frame(key) {
     const given = this.model.get('given')?.frames?.[key];
     if (given && !this.frames.has(key)) this.frames.set(key, Promise.resolve(given));
     if (!this.frames.has(key)) {
-      this.frames.set(key, this.ask({ type: 'frame', frame: key }).then(({ data, buffers }) => data ?? URL.createObjectURL(new Blob([buffers[0]], { type: 'image/png' }))));
+      const asked = this.ask({ type: 'frame', frame: key }).then(({ data, buffers }) => data ?? URL.createObjectURL(new Blob([buffers[0]], { type: 'image/png' })));
+      asked.catch(() => this.frames.delete(key));
+      this.frames.set(key, asked);
     }
     while (this.frames.size > KEPT) { const [oldest] = this.frames.keys(); this.release(oldest); }
     return this.frames.get(key);

@@ -147,17 +147,19 @@ def plot_runs(
 ) -> Figure:
     "The mean over runs, with its confidence"
     import matplotlib.pyplot as plt
-    groups = dict(runs) if isinstance(runs, Mapping) else {"": list(runs)}
+    groups = dict(runs) if isinstance(runs, Mapping) else {"": runs}
+    for name, group in groups.items():
+        if not isinstance(group, (list, tuple)): raise TypeError(f"runs{f'[{name!r}]' if name else ''} is a {type(group).__name__}: expected a list of runs, also of a single one")
     if not groups or not all(groups.values()): raise ValueError("no runs to plot: expected a list of runs, or a dictionary of such lists")
     if not isinstance(smooth, int) or smooth < 1: raise ValueError(f"smooth={smooth!r}: expected a number of updates, 1 or more")
-    if references is None: references = next((r.references for group in groups.values() for r in group if getattr(r, "references", None)), {}) if metric.endswith("return") else {}
+    if references is None: references = next((r.references for group in groups.values() for r in group if getattr(r, "references", None)), {}) if metric in ("mean_return", "eval_return") else {}
     curves = {name: _aligned([history_of(run) for run in group], metric, smooth) for name, group in groups.items()}
     figure, ax = plt.subplots(figsize=(7, 4), layout="constrained")
     for i, (name, (updates, values)) in enumerate(curves.items()):
         group = groups[name]
         mean, half = mean_and_confidence(values, confidence)
         ax.plot(updates, values.T, color=f"C{i}", lw=0.6, alpha=0.35)
-        ax.plot(updates, mean, color=f"C{i}", lw=2, label=f"{_plain(name)}{': ' if name else ''}mean of {len(group)} run{'s' if len(group) > 1 else ''}")
+        ax.plot(updates, mean, color=f"C{i}", lw=2, label=f"{_plain(str(name))}{': ' if name else ''}mean of {len(group)} run{'s' if len(group) > 1 else ''}")
         if len(group) > 1: ax.fill_between(updates, mean - half, mean + half, color=f"C{i}", alpha=0.18, lw=0, label=f"{confidence:.0%} confidence" if i == 0 else None)
     _lines(ax, references)
     _over_updates(ax)

@@ -54,6 +54,11 @@ class Rollout(EpisodeBuffer):
     seconds: float = math.nan      # wall time
 
 # %% ../nbs/10_rollout.ipynb #758e04b3
+def _drawing_tools(env: gym.Env) -> list[Any]:
+    "What an environment draws with, and makes again where it is missing: pygame's clocks and surfaces cannot be copied"
+    held = [thing for value in vars(env.unwrapped).values() for thing in (value if isinstance(value, (list, tuple)) else [value])]
+    return [thing for thing in held if type(thing).__module__.partition(".")[0] == "pygame"]
+
 @dataclass
 class Snapshot:
     "An environment before a turn, and the agent's session in it"
@@ -66,7 +71,8 @@ class Snapshot:
         env: TextEnv,   # after an observation
     ) -> "Snapshot":
         "A copy that is independent of what it was made of. Raises `TypeError` where an environment cannot be copied"
-        try: session, env = copy.deepcopy((session, env), {id(session._dialogue): None, id(env.task): env.task})
+        left_out = [session._dialogue, env._reply, env._answer, *_drawing_tools(env.env)]
+        try: session, env = copy.deepcopy((session, env), {id(thing): None for thing in left_out} | {id(env.task): env.task})
         except Exception as error: raise TypeError(f"{env.task.name} cannot be copied ({type(error).__name__}: {error}); collect without snapshots=True") from error
         env.task = session.task(env.task.env)     # whose functions belong to the session
         return cls(session, env)

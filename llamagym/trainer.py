@@ -110,7 +110,7 @@ def as_callback(
 ) -> Callback:
     "A callback of whatever names it"
     if isinstance(callback, Callback): return callback
-    if callback in _ELSEWHERE: importlib.import_module(_ELSEWHERE[callback])
+    if isinstance(callback, str) and callback in _ELSEWHERE: importlib.import_module(_ELSEWHERE[callback])
     if isinstance(callback, str) and callback in CALLBACKS: return CALLBACKS[callback]()
     raise ValueError(f"unknown callback {callback!r}; expected a Callback, or one of {', '.join(sorted({*CALLBACKS, *_ELSEWHERE}))}")
 
@@ -312,8 +312,12 @@ class Trainer:
         return dict(self.agent.words.reference_returns) if isinstance(self.agent, TaskAgent) and self.env is None else {}
 
     def stop(self) -> None:
-        "Let `fit` end after the update under way, as if it had been the last one; for callbacks, and other threads"
+        "Let `fit` end after the update under way; what it has learned is saved. For callbacks, and other threads"
         self.stopping = True
+
+    def touch(self) -> None:
+        "What the newest checkpoint holds is no longer all there is: `fit` will write another one at its end"
+        self._saved = None
 
     def save_checkpoint(self) -> Path:
         "Write everything a resumed run needs; the checkpoint before it is removed once this one is complete"

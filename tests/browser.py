@@ -80,7 +80,7 @@ def watch(page) -> list[str]:
 
 
 def open_notebook(page, address: str, name: str, run: bool = True, subshells: bool = True) -> None:
-    """Open a notebook in JupyterLab, and run it from top to bottom; does not wait for its end. Without `subshells`, its kernel hears widgets between cells only"""
+    """Open a notebook in JupyterLab and run it, without waiting for its end. Without `subshells`, its kernel hears widgets between cells only"""
     page.goto(f"{address}/lab/tree/{name}?reset")
     page.wait_for_function("() => window.jupyterapp?.shell?.currentWidget?.sessionContext", timeout=90_000)
     page.evaluate(READY)

@@ -3,6 +3,7 @@
 import dataclasses
 import threading
 
+import cloudpickle
 import gymnasium as gym
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from walks import Walk
 from llamagym.agent import Agent
 from llamagym.batch import Batch
 from llamagym.branch import CannotBranch, begin_ids, branch, draw_again, replay
+from llamagym.buffer import EpisodeBuffer
 from llamagym.frames import Frames
 from llamagym.passes import learner_logprobs
 from llamagym.rollout import collect
@@ -229,3 +231,80 @@ def test_branch_of_a_model_that_keeps_nothing():
         made = branch(agent, episode, 1, begin="I", greedy=True)
     same = branch(agent, episode, 1, begin="I", greedy=True)
     assert [t.response_ids for t in made.turns] == [t.response_ids for t in same.turns] and made.turns[1].given == same.turns[1].given
+
+
+class Grid(gym.Env):
+    """Takes arrays, or tuples"""
+
+    def __init__(self, space):
+        self.action_space, self.observation_space, self.closed = space, gym.spaces.Discrete(9), 0
+
+    def reset(self, *, seed=None, options=None):
+        self.t = 0
+        return 0, {}
+
+    def step(self, action):
+        assert self.action_space.contains(action)
+        self.t += 1
+        return self.t, 1.0, self.t == 4, False, {}
+
+    def close(self):
+        Grid.closings = getattr(Grid, "closings", 0) + 1
+
+
+class Moves(Agent):
+    def get_system_prompt(self):
+        return "Move."
+
+    def format_observation(self, observation):
+        return str(observation)
+
+    def extract_action(self, response):
+        n = len(response) % 3
+        return (n, 1) if isinstance(self.action_space, gym.spaces.Tuple) else np.array([n, 1])
+
+
+@pytest.mark.parametrize("space", [gym.spaces.MultiDiscrete([3, 3]), gym.spaces.Tuple([gym.spaces.Discrete(3)] * 2)])
+def test_branch_of_actions_of_any_kind(space, tmp_path):
+    """Arrays and tuples, also after a file has made lists of them; the copy of a user's own environment is closed"""
+    agent = Moves(make_policy("lora"), config=config(), action_space=space)
+    env = Grid(space)
+    episodes = collect(agent, env, episodes=1, num_envs=1)
+    loaded = EpisodeBuffer.load(episodes.save(tmp_path / "e.parquet"))
+    closed = getattr(Grid, "closings", 0)
+    for episode in (episodes[0], loaded[0]):
+        assert len(branch(agent, episode, 3, env=env)) == 4
+    assert Grid.closings == closed + 2
+
+
+def test_branch_of_a_branch_is_told_the_same():
+    agent = lake_agent(make_policy("lora"))
+    episode, = collect(agent, episodes=1)
+    one = branch(agent, episode, 2, observation="X marks it.")
+    two = branch(agent, one, 2, begin="I")
+    assert two.turns[2].observation == "X marks it." and two.info["branch"]["told"] == [2]
+    three = branch(agent, two, 4, observation="Y.")
+    assert three.info["branch"]["told"] == [2, 4] and three.turns[2].observation == "X marks it."
+    assert branch(agent, three, 2, observation="Z.").info["branch"]["told"] == [2]
+
+
+def test_agents_can_be_pickled_with_their_lock():
+    """As environments in processes of their own may need it"""
+    agent = cloudpickle.loads(cloudpickle.dumps(lake_agent(make_policy("lora"))))
+    with agent.exclusive():
+        assert len(collect(agent, episodes=1)) == 1
+
+
+def test_snapshots_where_a_parser_raises_what_cannot_be_copied():
+    class Bad(Exception):
+        def __init__(self, a, b):
+            super().__init__(a)
+
+    agent = lake_agent(make_policy("lora"))
+
+    def parse(text):
+        raise Bad(1, 2)
+
+    agent.words.parse = parse
+    rollout = collect(agent, episodes=1, snapshots=True)
+    assert len(rollout.snapshots[0]) == len(rollout[0])

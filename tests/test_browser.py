@@ -32,10 +32,10 @@ warnings.simplefilter("ignore")
 task = lake(max_steps=10)
 policy = make_policy("lora", shaken=False)
 agent = Agent.for_task(task, policy, config=config(generate__max_new_tokens=8, rollout__episodes=8, rollout__num_envs=8, ppo__epochs=1))
-with contextlib.redirect_stdout(io.StringIO()):
-    clone(agent, play(task, RandomAgent(task), 48), WarmstartConfig(epochs=4, batch_size=8, learning_rate=3e-3), progress=False)
 """
 PLAYED = """
+with contextlib.redirect_stdout(io.StringIO()):
+    clone(agent, play(task, RandomAgent(task), 48), WarmstartConfig(epochs=4, batch_size=8, learning_rate=3e-3), progress=False)
 shake(policy.value_head.parameters(), 0.3)
 episodes = collect(agent, episodes=12, num_envs=12, top=3, frames=True)
 agent.learner.annotate(episodes); agent.learner.assign_credit(episodes)
@@ -114,7 +114,9 @@ def test_browser_player_in_jupyterlab(page, lab, request):
     page.wait_for_timeout(200)
     assert title.text_content() != before
 
-    player.locator(".talk").press("Home")
+    player.get_by_label("Branch from this turn").click()
+    player.get_by_label("Previous episode").click()
+    player.locator(".edit").wait_for(state="hidden")        # it was about another episode
     player.get_by_label("Step forward").click()
     player.get_by_label("Branch from this turn").click()
     player.get_by_label("how the response begins").fill("Action: right. ")
@@ -237,6 +239,12 @@ def test_browser_monitor_of_a_run(page, lab, request, tmp_path):
     player.locator(".turn").first.wait_for(timeout=10_000)
     assert player.locator("tbody tr").count() == 8
     page.set_viewport_size(dict(width=1200, height=1700))
+    player.get_by_label("Step forward").click()
+    looked = player.locator(".turn.now").text_content()
+    player.locator(".title", has_text="of an earlier update").wait_for(timeout=30_000)      # the list goes on, what is looked at stays
+    assert player.locator(".turn.now").text_content() == looked and player.get_by_label("Step", exact=True).input_value() == "1"
+    player.get_by_label("First step").click()
+    player.locator(".title", has_text=re.compile(r"newest: episode \d+ — 1 of")).wait_for(timeout=30_000)
     monitor.locator(".chart svg").first.hover(position=dict(x=120, y=50))
     assert " at " in monitor.locator(".chart .now").nth(3).text_content()
     shot(page, "monitor_running")

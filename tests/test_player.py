@@ -2,9 +2,11 @@
 
 import base64
 import dataclasses
+import gc
 import io
 import json
 import re
+import weakref
 
 import numpy as np
 import pytest
@@ -13,10 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from llamagym.agent import Agent
 from llamagym.buffer import Episode, Turn
-from llamagym.player import EpisodePlayer, FrameTable, animation, episode_data, summary_data, token_data, token_texts
+from llamagym.player import PAST, EpisodePlayer, FrameTable, animation, episode_data, summary_data, token_data, token_texts
 from llamagym.rollout import collect
 from llamagym.scored import ScoredAgent
+from llamagym.task import frozen_lake
 from llamagym.tiny import tiny_tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore:none of .* responses held an action")
@@ -85,7 +89,7 @@ def test_player_answers_what_is_asked(played):
     player, sent = EpisodePlayer(episodes, agent.tokenizer, labels=["first", None, None, None, None]), []
     player.send = lambda content, buffers=None: sent.append((content, buffers))
     assert player.episodes[0]["label"] == "first" and len(player.episodes) == 5 and not player._frames.pictures
-    player._heard(player, dict(type="episode", episode=2, id=7), [])
+    player._heard(player, dict(type="episode", episode=player.episodes[2]["key"], id=7), [])
     content, _ = sent.pop()
     assert content["id"] == 7 and content["data"] == episode_data(episodes[2], agent.tokenizer)
     key = content["data"]["turns"][0]["frame"]
@@ -105,7 +109,7 @@ def test_player_pages_hold_text_as_text(played, tmp_path):
     assert page.count("<script") == 1 == page.count("</script>") and page.count("<img") == 0 and "<!--" not in page
     assert "default-src 'none'" in page and not re.search(r"""(src|href)=["']?https?:""", page)
     state = re.search(r"state = (\{.*\}), heard = \[\];", page)[1]
-    assert json.loads(state)["data"]["0"]["turns"][0]["observation"] == RUDE
+    assert json.loads(state)["data"]["1"]["turns"][0]["observation"] == RUDE
 
 
 def test_player_pages_are_small_and_the_same_again(played, tmp_path):
@@ -161,24 +165,63 @@ def test_player_branches_from_a_turn(played):
     assert data["turns"][1]["observation"] == "Row 4." and data["turns"][1]["tokens"]["given"] == [0] and data["seed"] == episodes[3].seed
     assert data["turns"][0]["frame"] == player._data(player.episodes[3]["key"])["turns"][0]["frame"]
     assert all(turn["value"] is not None for turn in data["turns"]) and data["turns"][-1]["tokens"]["kl"][-1] is not None
-    assert [player.episodes[i]["key"] for i in range(5)] == list(range(5))
+    assert [player.episodes[i]["key"] for i in range(5)] == list(range(1, 6))
     player._heard(player, dict(type="branch", episode=content["made"], turn=0, changes={}, id=2), [])
     assert sent.pop()[0]["made"] == player.episodes[-1]["key"]
-    player._heard(player, dict(type="branch", episode=0, turn=0, changes=dict(begin="word " * 20), id=3), [])
+    player._heard(player, dict(type="branch", episode=1, turn=0, changes=dict(begin="word " * 20), id=3), [])
     assert "leaves nothing to sample" in sent.pop()[0]["error"] and len(player.episodes) == 7
     assert not agent.buffer
 
 
 def test_player_shows_other_episodes(played):
-    """Those that stay keep their keys; pictures of an episode whose list has changed are still found"""
+    """Those that stay keep their keys, those that have gone can be looked at for a while; one that is listed twice is there twice"""
     agent, episodes = played
     player = EpisodePlayer(episodes[:3], agent.tokenizer)
     picture = player._data(1)["turns"][0]["frame"]
-    player.show([episodes[4], episodes[1]], ["new", None])
-    assert [(e["key"], e["label"]) for e in player.episodes] == [(3, "new"), (1, None)]
-    assert player._answer(dict(type="frame", frame=picture)) == ({}, [episodes[1].turns[0].frame])
+    player.show([episodes[4], episodes[1], episodes[1]], ["new", None, "again"])
+    assert [(e["key"], e["label"]) for e in player.episodes] == [(4, "new"), (2, None), (5, "again")]
+    player.show(episodes[3:])
+    assert [e["key"] for e in player.episodes] == [6, 4]
+    assert player._data(1)["seed"] == episodes[0].seed
+    assert player._answer(dict(type="frame", frame=picture)) == ({}, [episodes[0].turns[0].frame])
+    for i in range(PAST + 1):
+        player.show([Episode([Turn("", str(i))])])
     with pytest.raises(KeyError, match="no longer kept"):
-        player._data(0)
+        player._data(1)
+    assert len(player._past) == PAST
+
+
+def test_player_branches_of_what_has_gone_from_its_list(played):
+    """... come with what they are branches of; and a player keeps no agent alive"""
+    policy = make_policy("lora")
+    agent = lake_agent(policy, max_steps=4)
+    episodes = collect(agent, episodes=2, num_envs=2)
+    player = EpisodePlayer(episodes, agent=agent)
+    player.show([])
+    made = player.branch(1, 1)
+    assert [e["seed"] for e in player.episodes] == [episodes[0].seed] * 2 and player.episodes[-1]["key"] == made
+    assert player.branches[0] == (episodes[0], None) and player.branches[1][0].info["branch"]["turn"] == 1
+    kept = weakref.ref(agent)
+    del agent
+    gc.collect()
+    assert kept() is None
+    with pytest.raises(RuntimeError, match="the agent that played is gone"):
+        player.branch(1, 1)
+
+
+def test_player_goes_back_to_an_episodes_own_snapshots():
+    """Not to those of another one with the same number"""
+    agent = Agent.for_task(frozen_lake(slippery=True), make_policy("lora"), config=config())
+    agent.words.max_steps = 5
+    agent.words.fallback = lambda obs, info: 2
+    first, second = (collect(agent, episodes=3, num_envs=3, seed=seed, snapshots=True, frames=True) for seed in (0, 7))
+    player = EpisodePlayer(first, agent=agent)
+    player.show(second)
+    for rollout, keys in ((second, (4, 5, 6)), (first, (1, 2, 3))):
+        for key, episode in zip(keys, rollout):
+            last = len(episode) - 1
+            data = player._data(player.branch(key, last))
+            assert [turn["observation"] for turn in data["turns"][: last + 1]] == [turn.observation for turn in episode.turns]
 
 
 def test_player_of_episodes_without_a_model():
