@@ -233,8 +233,8 @@ class TrainingMonitor(Progress):
 
     @property
     def due(self) -> bool:
-        "Whether the page may be told again"
-        return time.monotonic() - self.sent >= self.every and self.spent <= self.share * (time.process_time() - self.cpu)
+        "Whether the page may be told again; half of what may be spent is left for pictures"
+        return time.monotonic() - self.sent >= self.every and 2 * self.spent <= self.share * (time.process_time() - self.cpu)
 
     def send(self, trainer: Trainer, phase: str) -> None:
         "Tell the page all that is known"
