@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SCRIPT', 'PAST', 'token_texts', 'token_data', 'turn_data', 'summary_data', 'FrameTable', 'episode_data', 'script',
-           'animation', 'hear_in_any_thread', 'PlayerWidget', 'EpisodePlayer']
+           'animation', 'hear_in_any_thread', 'PlayerWidget', 'PlayerShapes', 'EpisodePlayer']
 
 # %% ../nbs/13_player.ipynb #3a6314dd
 import base64
@@ -288,8 +288,45 @@ class PlayerWidget(anywidget.AnyWidget):
         if message["type"] == "frame": return {}, [self._frames.png(message["frame"], [episode for episode, _ in [*self._shown.values(), *self._past.values()]])]
         raise ValueError(f"the page asks for {message['type']!r}")
 
-# %% ../nbs/13_player.ipynb #453f025b
-class EpisodePlayer(PlayerWidget):
+# %% ../nbs/13_player.ipynb #c91bbfc4
+class PlayerShapes(PlayerWidget):
+    "A player as a page of its own, as a picture, and as text"
+    def html(self) -> str:
+        "The player as a piece of a page, with all that it shows in it"
+        data = {key: self._data(key) for key in self._shown}
+        state, name = dict(episodes=self.episodes, data=data, frames=self._frames.urls(), small=self.small), hashlib.sha1(repr(data).encode()).hexdigest()[:12]
+        return _BODY.format(name=f"player-{name}", script=_literal(SCRIPT), state=_literal(state))
+
+    def save(self,
+        path: str | os.PathLike, # usually ends in `.html`; folders on the way are made
+    ) -> Path:
+        "Write a page that plays the episodes without a kernel, and without a network"
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(_PAGE.format(title=html.escape(self._title()), body=self.html()), encoding="utf-8")
+        return path
+
+    def _still(self) -> dict[str, Any]:
+        "The first episode, as a picture or as text"
+        first = next((episode for episode, _ in self._shown.values()), None)
+        moving = None if first is None else animation(first)
+        text = "\n".join([repr(self), *([] if first is None or moving else [str(first)])])
+        return {"text/plain": text} | ({} if moving is None else {"image/png": base64.b64encode(moving).decode()})
+
+    def _title(self) -> str:
+        shown = [episode for episode, _ in self._shown.values()]
+        names = list(dict.fromkeys(filter(None, (episode.env_id for episode in shown))))
+        return f"{counted(len(shown), 'episode')}{' of ' if names else ''}{', '.join(names)}"
+
+    def __repr__(self) -> str: return f"{type(self).__name__}({self._title()})"
+
+    def _repr_mimebundle_(self, **kwargs) -> Any:
+        if os.environ.get("LLAMAGYM_DOCS"): return {"text/html": self.html(), "text/plain": repr(self)}
+        if os.environ.get("IN_TEST"): return self._still()
+        return super()._repr_mimebundle_(**kwargs)
+
+# %% ../nbs/13_player.ipynb #a73f2ce5
+class EpisodePlayer(PlayerShapes):
     "Plays episodes back"
     def __init__(self,
         episodes: Episode | Sequence[Episode], # one or several, in the order of the list
@@ -338,37 +375,3 @@ class EpisodePlayer(PlayerWidget):
             self.branches = [*(b for b in self.branches if b[0] is not episode), (episode, label), new[-1]][-8:]
             self.show(*zip(*self._shown.values(), *new))
             return self.episodes[-1]["key"]
-
-    def html(self) -> str:
-        "The player as a piece of a page, with all that it shows in it"
-        data = {key: self._data(key) for key in self._shown}
-        state, name = dict(episodes=self.episodes, data=data, frames=self._frames.urls(), small=self.small), hashlib.sha1(repr(data).encode()).hexdigest()[:12]
-        return _BODY.format(name=f"player-{name}", script=_literal(SCRIPT), state=_literal(state))
-
-    def save(self,
-        path: str | os.PathLike, # usually ends in `.html`; folders on the way are made
-    ) -> Path:
-        "Write a page that plays the episodes without a kernel, and without a network"
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(_PAGE.format(title=html.escape(self._title()), body=self.html()), encoding="utf-8")
-        return path
-
-    def _still(self) -> dict[str, Any]:
-        "The first episode, as a picture or as text"
-        first = next((episode for episode, _ in self._shown.values()), None)
-        moving = None if first is None else animation(first)
-        text = "\n".join([repr(self), *([] if first is None or moving else [str(first)])])
-        return {"text/plain": text} | ({} if moving is None else {"image/png": base64.b64encode(moving).decode()})
-
-    def _title(self) -> str:
-        shown = [episode for episode, _ in self._shown.values()]
-        names = list(dict.fromkeys(filter(None, (episode.env_id for episode in shown))))
-        return f"{counted(len(shown), 'episode')}{' of ' if names else ''}{', '.join(names)}"
-
-    def __repr__(self) -> str: return f"EpisodePlayer({self._title()})"
-
-    def _repr_mimebundle_(self, **kwargs) -> Any:
-        if os.environ.get("LLAMAGYM_DOCS"): return {"text/html": self.html(), "text/plain": repr(self)}
-        if os.environ.get("IN_TEST"): return self._still()
-        return super()._repr_mimebundle_(**kwargs)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CALLBACKS', 'Callback', 'register_callback', 'Progress', 'in_notebook', 'Metrics', 'Doctor', 'as_callback', 'Anneal',
-           'save_learner', 'load_learner', 'Run', 'Trainer']
+           'save_learner', 'load_learner', 'Run', 'TrainerSteps', 'Trainer']
 
 # %% ../nbs/12_trainer.ipynb #c5f1099c
 import importlib
@@ -233,9 +233,9 @@ def _due(every: int, update: int, last: int) -> bool:
     "Whether what is done every so many updates is done after this one"
     return every > 0 and (update % every == 0 or update == last)
 
-# %% ../nbs/12_trainer.ipynb #23981064
-class Trainer:
-    "Trains an agent in an environment"
+# %% ../nbs/12_trainer.ipynb #c0feb555
+class TrainerSteps:
+    "What a training run is made of: one update, one evaluation, and who is told of them"
     def __init__(self,
         agent: Agent,                         # what learns
         env: Any = None,                      # id, factory or instance; an agent of a task knows its own
@@ -254,6 +254,11 @@ class Trainer:
         self._saved: int | None = None      # the update that the newest checkpoint was written after
         self.evaluation: Evaluation | None = None
         agent.learner.failure_dir = self.output_dir/"failed"
+
+    @property
+    def references(self) -> dict[str, float]:
+        "Expected returns of known policies, where the agent's task knows any"
+        return dict(self.agent.words.reference_returns) if isinstance(self.agent, TaskAgent) and self.env is None else {}
 
     def _tell(self, event: str, *args) -> None:
         for callback in self.callbacks: getattr(callback, event)(self, *args)
@@ -282,6 +287,9 @@ class Trainer:
         self._tell("on_evaluate", self.evaluation)
         return self.evaluation
 
+# %% ../nbs/12_trainer.ipynb #dab9b6f5
+class Trainer(TrainerSteps):
+    "Trains an agent in an environment"
     def fit(self,
         updates: int | None = None, # in all, those before a resume included; default: `config.updates`
         resume: bool = False,       # go on from the newest checkpoint in `output_dir`
@@ -305,11 +313,6 @@ class Trainer:
                 if self._saved != self.update: self.save_checkpoint()
             finally: self._tell("on_fit_end")
         return Run(self.output_dir, self.history, self.evaluation, interrupted or self.update < self.updates, self.references)
-
-    @property
-    def references(self) -> dict[str, float]:
-        "Expected returns of known policies, where the agent's task knows any"
-        return dict(self.agent.words.reference_returns) if isinstance(self.agent, TaskAgent) and self.env is None else {}
 
     def stop(self) -> None:
         "Let `fit` end after the update under way; what it has learned is saved. For callbacks, and other threads"

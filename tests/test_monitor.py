@@ -66,14 +66,13 @@ def test_monitor_shows_what_the_history_holds(tmp_path, notebook):
     assert turns[0]["frame"] in monitor.player.given["frames"] and turns[0]["value"] is not None     # drawn afterwards, annotated by the learner
 
 
-def test_monitor_takes_a_hundredth_of_the_time(tmp_path, notebook):
-    """By its own count, but for what is sent at the beginning and at the end"""
-    monitor = TrainingMonitor(every=0.0, frames=False)
-    sent = []
+def test_monitor_keeps_to_its_share_of_the_time(tmp_path, notebook):
+    """By its own count, but for what is sent at the beginning and at the end; `benchmarks/player.py` measures it on a page"""
+    monitor, sent = TrainingMonitor(every=0.0, share=0.2, frames=False), []
     monitor.send = lambda trainer, phase: (sent.append((monitor.spent, time.process_time() - monitor.cpu)), TrainingMonitor.send(monitor, trainer, phase))
     trainer(tmp_path, monitor, updates=12).fit()
     between = sent[1:-1]
-    assert between and all(spent <= 0.01 * run for spent, run in between)
+    assert between and all(2 * spent <= 0.2 * run for spent, run in between)
     assert 0 < monitor.spent < time.process_time() - monitor.cpu
     monitor.spent, monitor.sent = 1e9, -math.inf
     assert not monitor.due
