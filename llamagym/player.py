@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SCRIPT', 'PAST', 'token_texts', 'token_data', 'turn_data', 'summary_data', 'FrameTable', 'episode_data', 'script',
-           'animation', 'hear_in_any_thread', 'PlayerWidget', 'PlayerShapes', 'EpisodePlayer']
+           'hear_in_any_thread', 'PlayerWidget', 'animation', 'PlayerShapes', 'EpisodePlayer']
 
 # %% ../nbs/13_player.ipynb #3a6314dd
 import base64
@@ -173,52 +173,6 @@ def _literal(value: Any) -> str:
     "A value as JavaScript that no HTML can be read in"
     return json.dumps(value, ensure_ascii=True, allow_nan=False).replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
-# %% ../nbs/13_player.ipynb #3becb228
-def _printable(text: str, width: int, lines: int) -> str:
-    "Text as it can be drawn: wrapped, cut, and without control characters"
-    clean = "".join(c if c.isprintable() else "·" for c in text.replace("\n", " ⏎ "))
-    wrapped = textwrap.wrap(clean, width) or [""]
-    return "\n".join(wrapped[:lines - 1] + [wrapped[lines - 1] + " …"] if len(wrapped) > lines else wrapped)
-
-def _drawn(picture: Image.Image, heading: str, paragraphs: Sequence[tuple[str, str]]) -> Image.Image:
-    "A step of an episode: the environment, and what was said"
-    from matplotlib import get_data_path     # its fonts are there wherever it is
-    def font(name: str, size: int) -> ImageFont.FreeTypeFont: return ImageFont.truetype(Path(get_data_path(), "fonts", "ttf", f"{name}.ttf"), size)
-    canvas, y = Image.new("RGB", (640, 212), "white"), 36
-    picture.thumbnail((196, 196))
-    canvas.paste(picture, (8 + (196 - picture.width) // 2, 8 + (196 - picture.height) // 2))
-    pen = ImageDraw.Draw(canvas)
-    pen.text((220, 10), heading, "#5b6474", font("DejaVuSans", 12))
-    for text, colour in paragraphs:
-        face, shown = font("DejaVuSansMono" if colour == "#1f6fb2" else "DejaVuSans", 13), _printable(text, 50, 4)
-        pen.multiline_text((220, y), shown, colour, face, spacing=4)
-        y += 19 * (1 + shown.count("\n")) + 7
-    return canvas
-
-def animation(
-    episode: Episode, # with pictures of its environment
-    most: int = 60,   # steps that are shown
-) -> bytes | None: # an animated PNG file's contents; `None` where there are no pictures
-    "The environment and what was said, step by step"
-    steps, total = [], 0.0
-    for t, turn in enumerate(episode.turns[:most]):
-        if turn.frame is None or isinstance(turn.frame, str): return None
-        did = f"reward {turn.reward:g}" + ("" if turn.valid else " (no action in it)")
-        steps.append(_drawn(Image.fromarray(from_png(turn.frame) if isinstance(turn.frame, bytes) else turn.frame), f"turn {t} of {len(episode)} · return so far {total:g}",
-                            [(turn.observation, "#1c2330"), (turn.response, "#1f6fb2"), (did, "#5b6474")]))
-        total += turn.reward
-    last = episode.final_frame
-    if isinstance(last, (bytes, np.ndarray)) and len(episode) <= most:
-        steps.append(_drawn(Image.fromarray(from_png(last) if isinstance(last, bytes) else last), f"{_end(episode)} · return {total:g}", []))
-    if not steps: return None
-    strip = Image.new("RGB", (steps[0].width, steps[0].height * len(steps)))
-    for k, step in enumerate(steps): strip.paste(step, (0, k * step.height))
-    palette = strip.quantize(48, dither=Image.Dither.NONE)     # one for all
-    first, *rest = (step.quantize(palette=palette, dither=Image.Dither.NONE) for step in steps)
-    file = io.BytesIO()
-    first.save(file, "PNG", save_all=True, append_images=rest, duration=900, loop=0)
-    return file.getvalue()
-
 # %% ../nbs/13_player.ipynb #72ec32f2
 def hear_in_any_thread(
     widget: anywidget.AnyWidget, # just made
@@ -287,6 +241,52 @@ class PlayerWidget(anywidget.AnyWidget):
         if message["type"] == "episode": return dict(data=self._data(message["episode"])), []
         if message["type"] == "frame": return {}, [self._frames.png(message["frame"], [episode for episode, _ in [*self._shown.values(), *self._past.values()]])]
         raise ValueError(f"the page asks for {message['type']!r}")
+
+# %% ../nbs/13_player.ipynb #3becb228
+def _printable(text: str, width: int, lines: int) -> str:
+    "Text as it can be drawn: wrapped, cut, and without control characters"
+    clean = "".join(c if c.isprintable() else "·" for c in text.replace("\n", " ⏎ "))
+    wrapped = textwrap.wrap(clean, width) or [""]
+    return "\n".join(wrapped[:lines - 1] + [wrapped[lines - 1] + " …"] if len(wrapped) > lines else wrapped)
+
+def _drawn(picture: Image.Image, heading: str, paragraphs: Sequence[tuple[str, str]]) -> Image.Image:
+    "A step of an episode: the environment, and what was said"
+    from matplotlib import get_data_path     # its fonts are there wherever it is
+    def font(name: str, size: int) -> ImageFont.FreeTypeFont: return ImageFont.truetype(Path(get_data_path(), "fonts", "ttf", f"{name}.ttf"), size)
+    canvas, y = Image.new("RGB", (640, 212), "white"), 36
+    picture.thumbnail((196, 196))
+    canvas.paste(picture, (8 + (196 - picture.width) // 2, 8 + (196 - picture.height) // 2))
+    pen = ImageDraw.Draw(canvas)
+    pen.text((220, 10), heading, "#5b6474", font("DejaVuSans", 12))
+    for text, colour in paragraphs:
+        face, shown = font("DejaVuSansMono" if colour == "#1f6fb2" else "DejaVuSans", 13), _printable(text, 50, 4)
+        pen.multiline_text((220, y), shown, colour, face, spacing=4)
+        y += 19 * (1 + shown.count("\n")) + 7
+    return canvas
+
+def animation(
+    episode: Episode, # with pictures of its environment
+    most: int = 60,   # steps that are shown
+) -> bytes | None: # an animated PNG file's contents; `None` where there are no pictures
+    "The environment and what was said, step by step"
+    steps, total = [], 0.0
+    for t, turn in enumerate(episode.turns[:most]):
+        if turn.frame is None or isinstance(turn.frame, str): return None
+        did = f"reward {turn.reward:g}" + ("" if turn.valid else " (no action in it)")
+        steps.append(_drawn(Image.fromarray(from_png(turn.frame) if isinstance(turn.frame, bytes) else turn.frame), f"turn {t} of {len(episode)} · return so far {total:g}",
+                            [(turn.observation, "#1c2330"), (turn.response, "#1f6fb2"), (did, "#5b6474")]))
+        total += turn.reward
+    last = episode.final_frame
+    if isinstance(last, (bytes, np.ndarray)) and len(episode) <= most:
+        steps.append(_drawn(Image.fromarray(from_png(last) if isinstance(last, bytes) else last), f"{_end(episode)} · return {total:g}", []))
+    if not steps: return None
+    strip = Image.new("RGB", (steps[0].width, steps[0].height * len(steps)))
+    for k, step in enumerate(steps): strip.paste(step, (0, k * step.height))
+    palette = strip.quantize(48, dither=Image.Dither.NONE)     # one for all
+    first, *rest = (step.quantize(palette=palette, dither=Image.Dither.NONE) for step in steps)
+    file = io.BytesIO()
+    first.save(file, "PNG", save_all=True, append_images=rest, duration=900, loop=0)
+    return file.getvalue()
 
 # %% ../nbs/13_player.ipynb #c91bbfc4
 class PlayerShapes(PlayerWidget):
