@@ -20,7 +20,7 @@ const CSS = `
 const CHARTS = [
   { key: 'return', name: 'return', help: 'mean of an update\'s episodes, and their standard deviation around it' },
   { key: 'length', name: 'turns', unit: 'per episode' },
-  { key: 'invalid', name: 'invalid', unit: '% of responses', times: 100 },
+  { key: 'invalid', name: 'invalid', unit: '% of responses', times: 100, least: 0, most: 100 },
   { key: 'kl', name: 'KL', unit: 'to the reference, nats/token', help: 'KL divergence of the policy from the reference' },
   { key: 'entropy', name: 'entropy', unit: 'nats/token' },
   { key: 'policy_loss', name: 'policy loss' },
@@ -54,13 +54,13 @@ class Chart {
   }
 
   draw() {
-    const { rows, evals, references } = this.monitor.state, { key, times = 1 } = this.what, W = this.width = this.svg.clientWidth || 240, H = 104, left = 40, right = 8, top = 8, bottom = 16;
+    const { rows, evals, references } = this.monitor.state, { key, times = 1, least = -Infinity, most = Infinity } = this.what, W = this.width = this.svg.clientWidth || 240, H = 104, left = 40, right = 8, top = 8, bottom = 16;
     const u = rows.update, y = rows[key].map((v) => (v == null ? null : v * times)), isReturn = key === 'return', spread = isReturn ? rows.spread : null;
     const low = y.map((v, i) => (v == null ? null : v - (spread ? spread[i] || 0 : 0))), high = y.map((v, i) => (v == null ? null : v + (spread ? spread[i] || 0 : 0)));
     const dots = isReturn ? evals : [], lines = isReturn ? Object.entries(references) : [];
     const known = [...low, ...high, ...dots.map((d) => d[1]), ...lines.map((l) => l[1])].filter((v) => v != null && Number.isFinite(v));
     let a = Math.min(...known), b = Math.max(...known);
-    if (!known.length) { a = 0; b = 1; } else if (b - a < 1e-9 * Math.max(1, Math.abs(a))) { const room = Math.abs(a) * 0.1 || 1; a -= room; b += room; }
+    if (!known.length) { a = 0; b = 1; } else if (b - a < 1e-9 * Math.max(1, Math.abs(a))) { const room = Math.abs(a) * 0.1 || 1; a = Math.max(least, a - room); b = Math.min(most, b + room); }
     const last = Math.max(2, u.at(-1) || 2), first = Math.min(u[0] ?? 1, last - 1);
     this.x = (v) => left + (W - left - right) * ((v - first) / (last - first));
     this.y = (v) => top + (H - top - bottom) * (1 - (v - a) / (b - a));

@@ -158,7 +158,7 @@ def runs(request, tmp_path_factory) -> dict[str, Future]:
             future.cancel()
 
 
-@each_notebook
+@pytest.mark.parametrize("name", [name for name in NOTEBOOKS if name != "tutorials/01_blackjack.ipynb"])     # that one is run by test_quickstart.py
 def test_runs(name, runs):
     done = runs[name].result()
     assert done.returncode == 0, done.stdout[-6000:]
