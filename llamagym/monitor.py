@@ -171,7 +171,7 @@ class MonitorPage(Progress):
         self.every, self.share, self.frames = every, share, frames
         self.widget: MonitorWidget | None = None
         self.spent = 0.0          # seconds of processor time
-        self.drawing = 0.0        # of these, for the last picture of an environment
+        self.drawing = 0.0        # seconds that the last picture of an environment took
 
     def _open(self, trainer: Trainer) -> None:
         "Show an empty monitor"
@@ -210,9 +210,8 @@ class MonitorPage(Progress):
             try: episodes[0] = draw_again(trainer.agent, episodes[0], trainer.env, 200)
             except Exception: self.draws = False     # what can't be played again is shown as text
             self.drawing = time.monotonic() - began
-        there = set(map(id, episodes))
-        kept, names = zip(*self.player.branches) if self.player.branches else ((), ())
-        self.player.show([*episodes, *(e for e in kept if id(e) not in there)], [*labels, *(n for e, n in zip(kept, names) if id(e) not in there)], give=True)
+        branches = [pair for pair in self.player.branches if not any(pair[0] is e for e in episodes)]
+        self.player.show(*zip(*zip(episodes, labels), *branches), give=True)
         self.rollout = None
 
 # %% ../nbs/14_monitor.ipynb #adb041f8

@@ -32,7 +32,7 @@ import llamagym
 from .agent import Agent, TaskAgent
 from .branch import branch
 from .buffer import Episode, Turn, as_json, counted
-from .frames import as_png, from_png
+from .frames import as_png
 from .rollout import Snapshot
 
 # %% ../nbs/13_player.ipynb #e7aa64d4
@@ -264,6 +264,8 @@ def _drawn(picture: Image.Image, heading: str, paragraphs: Sequence[tuple[str, s
         y += 19 * (1 + shown.count("\n")) + 7
     return canvas
 
+def _image(frame: bytes | np.ndarray) -> Image.Image: return Image.open(io.BytesIO(frame)).convert("RGB") if isinstance(frame, bytes) else Image.fromarray(frame)
+
 def animation(
     episode: Episode, # with pictures of its environment
     most: int = 60,   # steps that are shown
@@ -273,12 +275,12 @@ def animation(
     for t, turn in enumerate(episode.turns[:most]):
         if turn.frame is None or isinstance(turn.frame, str): return None
         did = f"reward {turn.reward:g}" + ("" if turn.valid else " (no action in it)")
-        steps.append(_drawn(Image.fromarray(from_png(turn.frame) if isinstance(turn.frame, bytes) else turn.frame), f"turn {t} of {len(episode)} · return so far {total:g}",
+        steps.append(_drawn(_image(turn.frame), f"turn {t} of {len(episode)} · return so far {total:g}",
                             [(turn.observation, "#1c2330"), (turn.response, "#1f6fb2"), (did, "#5b6474")]))
         total += turn.reward
     last = episode.final_frame
     if isinstance(last, (bytes, np.ndarray)) and len(episode) <= most:
-        steps.append(_drawn(Image.fromarray(from_png(last) if isinstance(last, bytes) else last), f"{_end(episode)} · return {total:g}", []))
+        steps.append(_drawn(_image(last), f"{_end(episode)} · return {total:g}", []))
     if not steps: return None
     strip = Image.new("RGB", (steps[0].width, steps[0].height * len(steps)))
     for k, step in enumerate(steps): strip.paste(step, (0, k * step.height))

@@ -9,7 +9,7 @@ import types
 
 import numpy as np
 import pytest
-from doubles import lake_agent, make_policy
+from doubles import lake, lake_agent, make_policy
 
 import llamagym.monitor as monitor_module
 from llamagym.config import TrainerConfig
@@ -56,7 +56,7 @@ def test_monitor_shows_what_the_history_holds(tmp_path, notebook):
         assert state["rows"][name] == pytest.approx([m[metric] for m in run.history], rel=1e-5)
     assert state["rows"]["speed"] == pytest.approx([m["tokens"] / m["collect_seconds"] for m in run.history], rel=1e-4)
     assert state["evals"] == [[2, run.history[1]["eval_return"]], [3, run.history[2]["eval_return"]]]
-    assert state["references"] == {name: monitor.references[name] for name in ("random", "optimal")}
+    assert state["references"] == {name: lake().reference_returns[name] for name in ("random", "optimal")}
     assert sum(state["time"].values()) == pytest.approx(state["seconds"], abs=0.01) and min(state["time"].values()) >= 0
     found = [(m["update"], name) for m in run.history for name in m.get("findings", {})]
     assert [(line[1], line[2]) for line in state["said"]] == found[::-1] and found
