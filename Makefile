@@ -3,7 +3,7 @@ PY := .venv/bin/python
 METADATA := settings.ini setup.py pyproject.toml constraints.txt llamagym/__init__.py scripts/make_venv.sh
 NOTEBOOK := nbs/tutorials/01_blackjack.ipynb
 
-.PHONY: help quickstart test test-slow lab docs readme lint clean
+.PHONY: help quickstart test test-slow notebooks outputs lab docs readme lint format clean
 
 help:
 	@echo "make quickstart  train an agent on Blackjack: runs the tutorial notebook, results in runs/quickstart"
@@ -12,7 +12,10 @@ help:
 	@echo "make docs        build the HTML site into _site"
 	@echo "make test-slow   run the tests that take minutes"
 	@echo "make readme      write README.md from nbs/index.ipynb"
-	@echo "make lint        check the hand-written Python"
+	@echo "make notebooks   run all notebooks; fails where a text output is not the committed one"
+	@echo "make outputs     run all notebooks and store their outputs"
+	@echo "make lint        check the form of the notebooks and of the Python"
+	@echo "make format      format notebooks and Python, and export"
 	@echo "make clean       remove what the tools made, but not .venv or runs"
 
 # What was installed is remembered in a stamp, so that the next call goes straight to work.
@@ -33,6 +36,12 @@ test: .venv/.installed-dev
 test-slow: .venv/.installed-dev
 	$(PY) -m pytest tests -m slow $(ARGS)
 
+notebooks: .venv/.installed-dev
+	$(PY) scripts/notebooks.py $(ARGS)
+
+outputs: .venv/.installed-dev
+	$(PY) scripts/notebooks.py --save $(ARGS)
+
 lab: .venv/.installed-dev
 	$(PY) -m jupyter lab $(NOTEBOOK)
 
@@ -42,7 +51,13 @@ docs: .venv/.installed-dev
 readme: .venv/.installed-dev
 	$(PY) scripts/readme.py
 
+format: .venv/.installed-dev
+	$(PY) -m ruff format
+	$(PY) -m ruff check --fix
+	.venv/bin/nbdev-export
+
 lint: .venv/.installed-dev
+	$(PY) -m ruff format --check
 	$(PY) -m ruff check
 
 clean:

@@ -50,14 +50,20 @@ setup(
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
     ],
     packages=find_packages(include=[package, f"{package}.*"]),
-    package_data={package: ["*.js"]},
+    package_data={package: ["py.typed"], f"{package}.widgets": ["*.js"]},
     install_requires=lines("requirements"),
     extras_require={
-        key.removesuffix("_requirements"): lines(key) for key in settings if key.endswith("_requirements")
+        key.removesuffix("_requirements"): lines(key)
+        for key in settings
+        if key.endswith("_requirements")
     },
     entry_points={
         "console_scripts": lines("console_scripts"),
         "nbdev": [f"{settings['lib_name']} = {package}._modidx:d"],
+        f"{package}.callbacks": [
+            f"{name} = {package}.widgets.monitor:TrainingMonitor"
+            for name in ("monitor", "notebook_display")
+        ],
     },
     cmdclass={"build_py": BuildWithTutorials},
 )

@@ -1,4 +1,4 @@
-"""Many runs side by side, whose rows are appended to a file as they finish; what the file holds is not run again."""
+"Run many jobs in parallel and append their rows to a file as they finish; jobs in the file are not run again."
 
 import json
 import multiprocessing
@@ -10,8 +10,10 @@ from pathlib import Path
 
 
 def end_with_parent() -> None:
-    """Where this program is killed, its workers end too, instead of running on unseen"""
-    threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
+    "End this worker if the parent process dies"
+    threading.Thread(
+        target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True
+    ).start()
 
 
 def run(
@@ -19,20 +21,26 @@ def run(
     jobs: Sequence[tuple],
     work: Callable[..., list[dict]],
     job_of: Callable[[dict], tuple],
-    say: Callable[[dict], str],
+    describe: Callable[[dict], str],
     processes: int,
 ) -> list[dict]:
-    """The rows of all jobs, old and new. `work(*job)` makes them, `job_of(row)` is the job that a row is of, `say(row)` is printed when it is there"""
+    "Return the rows of all jobs, old and new. `work(*job)` makes them, `job_of(row)` returns a row's job, `describe(row)` is printed"
     path.parent.mkdir(parents=True, exist_ok=True)
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    rows = (
+        [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        if path.exists()
+        else []
+    )
     rows = [row for row in rows if job_of(row) in jobs]
     done = {job_of(row) for row in rows}
-    with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn"), initializer=end_with_parent) as pool:
+    with ProcessPoolExecutor(
+        processes, mp_context=multiprocessing.get_context("spawn"), initializer=end_with_parent
+    ) as pool:
         for future in as_completed([pool.submit(work, *job) for job in jobs if job not in done]):
             found = future.result()
             with path.open("a", encoding="utf-8") as file:
                 file.write("".join(json.dumps(row) + "\n" for row in found))
             rows += found
             for row in found:
-                print(say(row), flush=True)
+                print(describe(row), flush=True)
     return rows

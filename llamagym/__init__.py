@@ -1,43 +1,137 @@
 """Language-model agents that learn by reinforcement learning in Gymnasium environments, from a notebook.
 
-The most used names are here; they are imported when first asked for, so that `import llamagym` is quick.
+Every name that a tutorial uses is here. Each is imported when it is first used, so that
+`import llamagym` stays quick.
 """
 
-__version__ = "0.2.0"
+__version__ = "0.4.0"
 
 import logging
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .agent import Agent
-    from .buffer import Episode, EpisodeBuffer
-    from .config import Config
-    from .player import EpisodePlayer
-    from .policy import Policy
+    from .agent import Agent, TaskAgent
+    from .agents.exact import greedy_choices, plot_policy
+    from .agents.scored import ScoredAgent
+    from .algorithms.registry import ALGORITHMS
+    from .buffer import EpisodeBuffer
+    from .chat.conversation import Window
+    from .cli import find_tutorial
+    from .config import Config, LoRAConfig
+    from .envs.baselines import RandomAgent, ScriptedAgent, play
+    from .envs.check import check_env
+    from .envs.exact import blackjack_tree
+    from .envs.probes import PROBES
+    from .envs.registry import get_task
+    from .envs.tabular import tabular_model
+    from .envs.task import Task
+    from .envs.toy_text import blackjack, cliff_walking, frozen_lake, taxi
+    from .episodes.episode import Episode
+    from .models.policy import Policy
     from .rollout import collect, evaluate
-    from .task import Task
     from .trainer import Trainer
-    from .warmstart import clone
+    from .training.branch import branch
+    from .training.callbacks import Anneal, Callback
+    from .training.cloning import clone
+    from .training.planner import plan
+    from .training.probe_runs import immediate_reward, plot_probe_results, run_probe
+    from .widgets.monitor import TrainingMonitor
+    from .widgets.player import EpisodePlayer
+    from .widgets.plots import plot_episode, plot_run, plot_runs
 
-__all__ = ["Agent", "Config", "Episode", "EpisodeBuffer", "EpisodePlayer", "Policy", "Task", "Trainer", "clone", "collect", "evaluate"]
+__all__ = [
+    "ALGORITHMS",
+    "Agent",
+    "Anneal",
+    "Callback",
+    "Config",
+    "Episode",
+    "EpisodeBuffer",
+    "EpisodePlayer",
+    "LoRAConfig",
+    "PROBES",
+    "Policy",
+    "RandomAgent",
+    "ScoredAgent",
+    "ScriptedAgent",
+    "Task",
+    "TaskAgent",
+    "Trainer",
+    "TrainingMonitor",
+    "Window",
+    "blackjack",
+    "blackjack_tree",
+    "branch",
+    "check_env",
+    "cliff_walking",
+    "clone",
+    "collect",
+    "evaluate",
+    "find_tutorial",
+    "frozen_lake",
+    "get_task",
+    "greedy_choices",
+    "immediate_reward",
+    "plan",
+    "play",
+    "plot_episode",
+    "plot_policy",
+    "plot_probe_results",
+    "plot_run",
+    "plot_runs",
+    "run_probe",
+    "tabular_model",
+    "taxi",
+]
 
 _MODULE_OF = {
     "Agent": "agent",
-    "Config": "config",
-    "Episode": "buffer",
+    "TaskAgent": "agent",
+    "greedy_choices": "agents.exact",
+    "plot_policy": "agents.exact",
+    "ScoredAgent": "agents.scored",
+    "ALGORITHMS": "algorithms.registry",
+    "Episode": "episodes.episode",
     "EpisodeBuffer": "buffer",
-    "EpisodePlayer": "player",
-    "Policy": "policy",
-    "Task": "task",
-    "Trainer": "trainer",
-    "clone": "warmstart",
+    "Window": "chat.conversation",
+    "find_tutorial": "cli",
+    "Config": "config",
+    "LoRAConfig": "config",
+    "RandomAgent": "envs.baselines",
+    "ScriptedAgent": "envs.baselines",
+    "play": "envs.baselines",
+    "check_env": "envs.check",
+    "blackjack_tree": "envs.exact",
+    "PROBES": "envs.probes",
+    "get_task": "envs.registry",
+    "tabular_model": "envs.tabular",
+    "Task": "envs.task",
+    "blackjack": "envs.toy_text",
+    "cliff_walking": "envs.toy_text",
+    "frozen_lake": "envs.toy_text",
+    "taxi": "envs.toy_text",
+    "Policy": "models.policy",
     "collect": "rollout",
     "evaluate": "rollout",
+    "Trainer": "trainer",
+    "branch": "training.branch",
+    "Anneal": "training.callbacks",
+    "Callback": "training.callbacks",
+    "clone": "training.cloning",
+    "plan": "training.planner",
+    "immediate_reward": "training.probe_runs",
+    "plot_probe_results": "training.probe_runs",
+    "run_probe": "training.probe_runs",
+    "TrainingMonitor": "widgets.monitor",
+    "EpisodePlayer": "widgets.player",
+    "plot_episode": "widgets.plots",
+    "plot_run": "widgets.plots",
+    "plot_runs": "widgets.plots",
 }
 
-
-# peft imports bitsandbytes, which regrets on every CPU that an optional bfloat16 kernel is missing; a policy uses float32 there.
+# peft imports bitsandbytes, which warns on every CPU that an optional bfloat16 kernel is missing.
+# Policies compute in float32 there and do not need it.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 

@@ -1,10 +1,11 @@
 """Build the HTML site from the notebooks: python scripts/build_docs.py [_site]
 
-Every notebook becomes a page. Where a notebook exports a definition, the page shows its signature, its parameters with
-their comments, and a link to its source; the code itself is folded away beneath. Nothing is fetched: the modules are read,
-the notebooks' outputs are shown as they are stored, and mathematics becomes MathML. Only a notebook with cells marked
-`#| exec_doc` is run, and these cells show what they give then: a player that plays, where the notebook holds a picture.
-The finished site is checked: every public name has an entry, every internal link leads somewhere, and every table is one.
+Every notebook becomes a page. An exported definition is shown with its signature, its parameters with
+their comments, and a link to its source; the code is folded away below. Nothing is downloaded: modules
+are parsed, stored outputs are shown, and formulas become MathML. Only notebooks with cells marked
+`#| exec_doc` are run, and these cells show their new outputs: a live player instead of a picture.
+The finished site is checked: every public name has an entry, every internal link has a target, and
+every table is rendered as one.
 """
 
 import argparse
@@ -57,32 +58,39 @@ class Entry:
     flag: str = ""  # classmethod, staticmethod
     is_dataclass: bool = False  # the parameters are its fields
     bases: list[str] = field(default_factory=list)
-    inherited: dict[str, list[str]] = field(default_factory=dict)  # documented base → the names of its members that the class has from it
+    # documented base → the names of its members that the class has from it
+    inherited: dict[str, list[str]] = field(default_factory=dict)
 
 
 def comments_by_line(source: str) -> dict[int, tuple[str, bool]]:
-    "Line number → its comment, and whether the comment has the line to itself"
+    "Return line number → comment, and whether the comment stands alone on its line"
     found = {}
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.COMMENT:
-            found[token.start[0]] = token.string.lstrip("# ").strip(), not token.line[: token.start[1]].strip()
+            found[token.start[0]] = (
+                token.string.lstrip("# ").strip(),
+                not token.line[: token.start[1]].strip(),
+            )
     return found
 
 
 class Module:
     "A module's public definitions, by name"
 
-    def __init__(self, path: Path):
-        self.name = f"{PACKAGE}.{path.stem}"
+    def __init__(self, path: Path, name: str = ""):  # its dotted name within the package
+        self.name = f"{PACKAGE}.{name or path.stem}"
         self.source = path.read_text(encoding="utf-8")
         self.tree = ast.parse(self.source)
         self.comments = comments_by_line(self.source)
         self.public: list[str] = []
         self.entries: dict[str, Entry] = {}
         self.classes: dict[str, Entry] = {}  # private ones too
-        self.functions = {node.name: node for node in self.tree.body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)}
-        self.imports = {alias.asname or alias.name: (node.module.removeprefix(f"{PACKAGE}."), alias.name)
-                        for node in self.tree.body if isinstance(node, ast.ImportFrom) and node.module for alias in node.names}
+        self.imports = {
+            alias.asname or alias.name: (self.imported_module(node), alias.name)
+            for node in self.tree.body
+            if isinstance(node, ast.ImportFrom) and node.module
+            for alias in node.names
+        }
         for node in self.tree.body:
             for name in assigned_names(node):
                 if name == "__all__":
@@ -93,9 +101,11 @@ class Module:
                     self.classes[entry.name] = entry
                 if entry.name in self.public:
                     self.entries[entry.name] = entry
-            if isinstance(node, ast.Assign):
-                for class_name, member in self.attached(node):
-                    self.classes[class_name].members.append(member)
+
+    def imported_module(self, node: ast.ImportFrom) -> str:
+        "Return the dotted name, within the package, of the module that an import names"
+        parents = self.name.split(".")[1 : -node.level] if node.level else []
+        return ".".join([*parents, node.module.removeprefix(f"{PACKAGE}.")])
 
     def read(self, node: ast.stmt) -> Iterator[Entry]:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
@@ -105,38 +115,31 @@ class Module:
         else:
             for name in assigned_names(node):
                 comment = self.comment_of(node.lineno, node.end_lineno)
-                annotation = f": {ast.unparse(node.annotation)}" if isinstance(node, ast.AnnAssign) else ""
+                annotation = (
+                    f": {ast.unparse(node.annotation)}" if isinstance(node, ast.AnnAssign) else ""
+                )
                 value = ast.unparse(node.value) if node.value else ""
-                yield Entry("data", name, annotation + (f" = {value}" if value and len(value) <= 60 else ""), comment)
-
-    def attached(self, node: ast.Assign) -> Iterator[tuple[str, Entry]]:
-        "Functions that an assignment makes members of a class above it, as in `Policy.load = staticmethod(load_policy)`"
-        for target in node.targets:
-            both = isinstance(target, ast.Tuple) and isinstance(node.value, ast.Tuple)
-            for place, value in zip(target.elts, node.value.elts, strict=True) if both else [(target, node.value)]:
-                if not (isinstance(place, ast.Attribute) and isinstance(place.value, ast.Name)) or place.attr.startswith("_"):
-                    continue
-                wrapper = ""
-                if isinstance(value, ast.Call) and ast.unparse(value.func) in ("staticmethod", "classmethod", "property") and value.args:
-                    wrapper, value = ast.unparse(value.func), value.args[0]
-                if place.value.id in self.classes and isinstance(value, ast.Name) and value.id in self.functions:
-                    member = self.function(self.functions[value.id], "method", f"{place.value.id}.{place.attr}", wrapper)
-                    if value.id in self.public:  # whose own entry says the rest
-                        member.doc, member.parameters, member.returns = f"{member.doc}\n\nSee `{value.id}`.".strip(), [], None
-                    yield place.value.id, member
+                yield Entry(
+                    "data",
+                    name,
+                    annotation + (f" = {value}" if value and len(value) <= 60 else ""),
+                    comment,
+                )
 
     def comment_of(self, first: int, last: int) -> str:
-        "The comment behind a definition, or else the comment lines above it"
+        "Return the comment behind a definition, or else the comment lines above it"
         if last in self.comments:
             return self.comments[last][0]
         above = []
-        while self.comments.get(first - 1, ("", False))[1] and not self.comments[first - 1][0].startswith("%%"):
+        while self.comments.get(first - 1, ("", False))[1] and not self.comments[first - 1][
+            0
+        ].startswith("%%"):
             first -= 1
             above.insert(0, self.comments[first][0])
         return " ".join(above)
 
-    def function(self, node: ast.FunctionDef | ast.AsyncFunctionDef, kind: str, name: str, wrapper: str = "") -> Entry:
-        decorators = {wrapper, *(ast.unparse(d) for d in node.decorator_list)}
+    def function(self, node: ast.FunctionDef | ast.AsyncFunctionDef, kind: str, name: str) -> Entry:
+        decorators = {ast.unparse(d) for d in node.decorator_list}
         entry = Entry(kind, name, doc=ast.get_docstring(node) or "")
         if decorators & {"property", "cached_property", "functools.cached_property"}:
             entry.kind = "property"
@@ -166,52 +169,99 @@ class Module:
             annotation = ast.unparse(node.returns)
             entry.signature += f" -> {annotation}"
             comment = self.comments.get(node.returns.end_lineno, ("", False))[0]
-            behind_last_argument = any(node.returns.end_lineno == a.end_lineno for a in ast.walk(arguments) if isinstance(a, ast.arg))
+            behind_last_argument = any(
+                node.returns.end_lineno == a.end_lineno
+                for a in ast.walk(arguments)
+                if isinstance(a, ast.arg)
+            )
             if comment and not behind_last_argument:
                 entry.returns = Parameter("", annotation, "", comment)
         return entry
 
-    def parameter(self, argument: ast.arg, default: ast.expr | None, entry: Entry, stars: str = "") -> str:
+    def parameter(
+        self, argument: ast.arg, default: ast.expr | None, entry: Entry, stars: str = ""
+    ) -> str:
         annotation = ast.unparse(argument.annotation) if argument.annotation else ""
         value = ast.unparse(default) if default else ""
         last = (default or argument).end_lineno
         comment, alone = self.comments.get(last, ("", False))
-        entry.parameters.append(Parameter(stars + argument.arg, annotation, value, "" if alone else comment))
+        entry.parameters.append(
+            Parameter(stars + argument.arg, annotation, value, "" if alone else comment)
+        )
         text = stars + argument.arg + (f": {annotation}" if annotation else "")
         return text + ((f" = {value}" if annotation else f"={value}") if value else "")
 
     def class_(self, node: ast.ClassDef) -> Entry:
-        entry = Entry("class", node.name, doc=ast.get_docstring(node) or "", bases=[ast.unparse(base) for base in node.bases])
+        entry = Entry(
+            "class",
+            node.name,
+            doc=ast.get_docstring(node) or "",
+            bases=[ast.unparse(base) for base in node.bases],
+        )
         dataclass_fields, init = [], None
-        is_dataclass = any(ast.unparse(d).split("(")[0] in ("dataclass", "dataclasses.dataclass") for d in node.decorator_list)
+        is_dataclass = any(
+            ast.unparse(d).split("(")[0] in ("dataclass", "dataclasses.dataclass")
+            for d in node.decorator_list
+        )
         for member in node.body:
             if isinstance(member, ast.FunctionDef | ast.AsyncFunctionDef):
                 if member.name == "__init__":
                     init = self.function(member, "method", "__init__")
                 elif not member.name.startswith("_"):
-                    entry.members.append(self.function(member, "method", f"{node.name}.{member.name}"))
-            elif isinstance(member, ast.AnnAssign) and isinstance(member.target, ast.Name) and not member.target.id.startswith("_"):
+                    entry.members.append(
+                        self.function(member, "method", f"{node.name}.{member.name}")
+                    )
+            elif (
+                isinstance(member, ast.AnnAssign)
+                and isinstance(member.target, ast.Name)
+                and not member.target.id.startswith("_")
+            ):
                 annotation = ast.unparse(member.annotation)
                 comment = self.comment_of(member.lineno, member.end_lineno)
                 if is_dataclass and not annotation.startswith("ClassVar"):
                     default, described = field_default(member.value)
-                    dataclass_fields.append(Parameter(member.target.id, annotation, default, comment or described))
+                    dataclass_fields.append(
+                        Parameter(member.target.id, annotation, default, comment or described)
+                    )
                 elif comment or not is_dataclass:
-                    entry.members.append(Entry("attribute", f"{node.name}.{member.target.id}", f": {annotation}", comment))
-            elif isinstance(member, ast.Assign) and isinstance(member.value, ast.Call) and ast.unparse(member.value.func) == "property":
-                described = {k.arg: ast.literal_eval(k.value) for k in member.value.keywords if k.arg == "doc"}.get("doc", "")
-                entry.members += [Entry("property", f"{node.name}.{name}", "", described) for name in assigned_names(member) if not name.startswith("_")]
+                    entry.members.append(
+                        Entry(
+                            "attribute",
+                            f"{node.name}.{member.target.id}",
+                            f": {annotation}",
+                            comment,
+                        )
+                    )
+            elif (
+                isinstance(member, ast.Assign)
+                and isinstance(member.value, ast.Call)
+                and ast.unparse(member.value.func) == "property"
+            ):
+                described = {
+                    k.arg: ast.literal_eval(k.value)
+                    for k in member.value.keywords
+                    if k.arg == "doc"
+                }.get("doc", "")
+                entry.members += [
+                    Entry("property", f"{node.name}.{name}", "", described)
+                    for name in assigned_names(member)
+                    if not name.startswith("_")
+                ]
         if init:
             entry.signature = init.signature.removesuffix(" -> None")
             entry.parameters = init.parameters
             entry.doc = "\n\n".join(filter(None, [entry.doc, init.doc]))
         elif is_dataclass:
-            entry.is_dataclass, entry.parameters, entry.signature = True, dataclass_fields, fields_signature(dataclass_fields)
+            entry.is_dataclass, entry.parameters, entry.signature = (
+                True,
+                dataclass_fields,
+                fields_signature(dataclass_fields),
+            )
         return entry
 
 
 def fields_signature(parameters: list[Parameter]) -> str:
-    "How a dataclass is called"
+    "Return the signature of a dataclass"
     signature = f"({', '.join(p.name + ': ' + p.annotation + (' = ' + p.default if p.default else '') for p in parameters)})"
     if len(signature) > 400:  # the table beneath says it all, and readably
         return f"({', '.join(p.name + ('=...' if p.default else '') for p in parameters)})"
@@ -222,8 +272,12 @@ SIGNS = {"above": ">", "at_least": "≥", "below": "<", "at_most": "≤"}
 
 
 def field_default(value: ast.expr | None) -> tuple[str, str]:
-    "A dataclass field's default, and what `llamagym.config.option` says of it"
-    if not (isinstance(value, ast.Call) and isinstance(value.func, ast.Name) and value.func.id in ("field", "option")):
+    "Return a dataclass field's default, and the description that `llamagym.options.option` gives it"
+    if not (
+        isinstance(value, ast.Call)
+        and isinstance(value.func, ast.Name)
+        and value.func.id in ("field", "option")
+    ):
         return (ast.unparse(value) if value else ""), ""
     keywords = {k.arg: k.value for k in value.keywords}
     if value.func.id == "field":
@@ -231,19 +285,43 @@ def field_default(value: ast.expr | None) -> tuple[str, str]:
             return f"{ast.unparse(keywords['default_factory'])}()", ""
         return ast.unparse(keywords["default"]) if "default" in keywords else "", ""
     default, described = value.args
-    bounds = ", ".join(f"{sign} {ast.unparse(keywords[name])}" for name, sign in SIGNS.items() if name in keywords)
+    bounds = ", ".join(
+        f"{sign} {ast.unparse(keywords[name])}" for name, sign in SIGNS.items() if name in keywords
+    )
     call = "()" if isinstance(default, ast.Name) else ""
-    return ast.unparse(default) + call, ast.literal_eval(described) + (f" ({bounds})" if bounds else "")
+    return ast.unparse(default) + call, ast.literal_eval(described) + (
+        f" ({bounds})" if bounds else ""
+    )
 
 
 def assigned_names(node: ast.stmt) -> list[str]:
-    targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
-    targets = [name for target in targets for name in (target.elts if isinstance(target, ast.Tuple) else [target])]
+    targets = (
+        node.targets
+        if isinstance(node, ast.Assign)
+        else [node.target]
+        if isinstance(node, ast.AnnAssign)
+        else []
+    )
+    targets = [
+        name
+        for target in targets
+        for name in (target.elts if isinstance(target, ast.Tuple) else [target])
+    ]
     return [t.id for t in targets if isinstance(t, ast.Name)]
 
 
+def module_names(package: Path = ROOT / PACKAGE) -> list[str]:
+    "Return the dotted names of a package's modules, as in `envs.task`"
+    paths = (path.relative_to(package).with_suffix("") for path in sorted(package.rglob("*.py")))
+    return [".".join(path.parts) for path in paths if not path.name.startswith("_")]
+
+
+def module_file(name: str) -> str:
+    return f"{name.replace('.', '/')}.py"
+
+
 def read_modules(package: Path) -> dict[str, Module]:
-    modules = {path.stem: Module(path) for path in sorted(package.glob("*.py")) if not path.name.startswith("_")}
+    modules = {name: Module(package / module_file(name), name) for name in module_names(package)}
     done: dict[str, dict[str, Entry]] = {}
     for module in modules.values():
         for entry in module.classes.values():
@@ -251,13 +329,21 @@ def read_modules(package: Path) -> dict[str, Module]:
     return modules
 
 
-def find_class(name: str, module: Module, modules: dict[str, Module]) -> tuple[Entry, Module] | None:
-    "The class of the package that a base's name means in a module, and the module that defines it"
+def find_class(
+    name: str, module: Module, modules: dict[str, Module]
+) -> tuple[Entry, Module] | None:
+    "Resolve a base's name in a module: return the class and the module that defines it"
     stem, name = module.imports.get(name, (module.name.removeprefix(f"{PACKAGE}."), name))
-    return (modules[stem].classes[name], modules[stem]) if stem in modules and name in modules[stem].classes else None
+    return (
+        (modules[stem].classes[name], modules[stem])
+        if stem in modules and name in modules[stem].classes
+        else None
+    )
 
 
-def inherit(entry: Entry, module: Module, modules: dict[str, Module], done: dict[str, dict[str, Entry]]) -> dict[str, Entry]:
+def inherit(
+    entry: Entry, module: Module, modules: dict[str, Module], done: dict[str, dict[str, Entry]]
+) -> dict[str, Entry]:
     """Give a class what it has from its bases: how it is called, what private bases hold, and the names of what documented ones
     hold. All members it has then, its own and others'"""
     if f"{module.name}.{entry.name}" in done:
@@ -275,10 +361,16 @@ def inherit(entry: Entry, module: Module, modules: dict[str, Module], done: dict
         documented = base.name in home.entries
         entry.bases += [base.name] if documented else base.bases
         if entry.is_dataclass and base.is_dataclass:
-            entry.parameters = list({p.name: p for p in [*base.parameters, *entry.parameters]}.values())
+            entry.parameters = list(
+                {p.name: p for p in [*base.parameters, *entry.parameters]}.values()
+            )
             entry.signature = fields_signature(entry.parameters)
         elif not entry.signature:
-            entry.signature, entry.parameters, entry.is_dataclass = base.signature, base.parameters, base.is_dataclass
+            entry.signature, entry.parameters, entry.is_dataclass = (
+                base.signature,
+                base.parameters,
+                base.is_dataclass,
+            )
         for short in own.keys() & further.keys():
             own[short].doc = own[short].doc or further[short].doc
         owners = {short: owner for owner, shorts in base.inherited.items() for short in shorts}
@@ -287,7 +379,9 @@ def inherit(entry: Entry, module: Module, modules: dict[str, Module], done: dict
                 continue
             held[short] = member
             if short in owners or documented:
-                inherited.setdefault(owners.get(short, f"{home.name}.{base.name}"), []).append(short)
+                inherited.setdefault(owners.get(short, f"{home.name}.{base.name}"), []).append(
+                    short
+                )
             else:
                 held[short] = replace(member, name=f"{entry.name}.{short}")
                 entry.members.append(held[short])
@@ -299,20 +393,44 @@ def inherit(entry: Entry, module: Module, modules: dict[str, Module], done: dict
 # Notebooks → pages
 
 
+def listed_notebooks(notebooks: Path) -> dict[str, str]:
+    """Read the table on the index page: notebook → floor, in the order of imports
+
+    A row without a floor belongs to the one above."""
+    index = notebooks / "index.ipynb"
+    cells = json.loads(index.read_text(encoding="utf-8"))["cells"] if index.exists() else []
+    text = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
+    listed: dict[str, str] = {}
+    floor = ""
+    for row in re.finditer(r"^\|(?: (.*?) ?\|)? \[.*?\]\(([\w/]+)\.ipynb\) \|", text, re.MULTILINE):
+        floor = row[1].strip() if row[1] and row[1].strip() else floor
+        listed.setdefault(row[2], floor)
+    return listed
+
+
 def notebook_paths(notebooks: Path) -> list[Path]:
-    "The project's notebooks, relative to their folder: not those of tools (.ipynb_checkpoints) or of runs"
-    paths = sorted(p.relative_to(notebooks) for p in notebooks.rglob("*.ipynb"))
-    return [p for p in paths if not any(part[0] in "._" or part == "runs" for part in p.parts)]
+    """The project's notebooks, relative to their folder, in the order of the index, unlisted ones last
+
+    Copies that tools keep (.ipynb_checkpoints) and notebooks that runs leave are not among them."""
+    order = {name: i for i, name in enumerate(listed_notebooks(notebooks))}
+    paths = [p.relative_to(notebooks) for p in notebooks.rglob("*.ipynb")]
+    paths = [p for p in paths if not any(part[0] in "._" or part == "runs" for part in p.parts)]
+    return sorted(paths, key=lambda p: (order.get(p.with_suffix("").as_posix(), len(order)), p))
 
 
 def picture_paths(notebooks: Path) -> list[Path]:
-    "Pictures that notebooks show, relative to the notebooks' folder"
+    "Return the pictures of the notebooks, relative to their folder"
     folders = {path.parent for path in notebook_paths(notebooks)}
-    return sorted(path.relative_to(notebooks) for folder in folders for kind in ("svg", "png") for path in (notebooks / folder).glob(f"*.{kind}"))
+    return sorted(
+        path.relative_to(notebooks)
+        for folder in folders
+        for kind in ("svg", "png")
+        for path in (notebooks / folder).glob(f"*.{kind}")
+    )
 
 
 def page_name(notebook: Path) -> str:
-    "The name of a notebook's page: its path in nbs/ without the ordering number"
+    "Return the name of a notebook's page: its path in nbs/, a tutorial's without its number"
     return notebook.with_name(re.sub(r"^\d+[a-z]?_", "", notebook.stem)).as_posix()
 
 
@@ -329,16 +447,22 @@ def reference(text: str, target: str) -> str:
 
 
 def entry_markdown(entry: Entry, module: Module, prose, depth: int = 0) -> str:
-    "The directive that makes an entry, with its members inside"
+    "Return the directive that makes an entry, with its members inside"
     fence = ":" * (8 - depth)
-    option = f"\n:type: {entry.signature.lstrip(': ')}" if entry.kind in ("property", "attribute") and entry.signature else ""
+    option = (
+        f"\n:type: {entry.signature.lstrip(': ')}"
+        if entry.kind in ("property", "attribute") and entry.signature
+        else ""
+    )
     if entry.flag:
         option += f"\n:{entry.flag}:"
     argument = entry.name + ("" if entry.kind in ("property", "attribute") else entry.signature)
     if entry.kind == "data":
         annotation, _, value = entry.signature.partition(" = ")
         argument = entry.name
-        option = (f"\n:type: {annotation[2:]}" if annotation.startswith(": ") else "") + (f"\n:value: {value}" if value else "")
+        option = (f"\n:type: {annotation[2:]}" if annotation.startswith(": ") else "") + (
+            f"\n:value: {value}" if value else ""
+        )
     parts = [f"{fence}{{py:{entry.kind}}} {argument}\n:module: {module.name}{option}\n"]
     if entry.bases:
         parts.append(f"Bases: {prose(', '.join(map(code, entry.bases)))}")
@@ -348,7 +472,15 @@ def entry_markdown(entry: Entry, module: Module, prose, depth: int = 0) -> str:
         has_default = any(p.default for p in rows)
         cells = [["parameter", "type", *(["default"] if has_default else []), ""]]
         cells.append(["---"] * len(cells[0]))
-        cells += [[code(p.name), code(p.annotation), *([code(p.default)] if has_default else []), p.comment] for p in rows]
+        cells += [
+            [
+                code(p.name),
+                code(p.annotation),
+                *([code(p.default)] if has_default else []),
+                p.comment,
+            ]
+            for p in rows
+        ]
         cells = [[*map(escape_cell, row[:-1]), prose(escape_cell(row[-1]))] for row in cells]
         parts.append("\n".join(f"| {' | '.join(row)} |" for row in cells))
     if entry.returns:
@@ -361,33 +493,58 @@ def entry_markdown(entry: Entry, module: Module, prose, depth: int = 0) -> str:
 
 
 DIRECTIVE = re.compile(r"^#\|\s*([\w-]+)\s*:?\s*(.*)$")
-FENCED = re.compile(r"(^(?P<fence>`{3,}|~{3,}).*?^(?P=fence)[ \t]*$|``.+?``|\$\$.+?\$\$)", re.MULTILINE | re.DOTALL)
+FENCED = re.compile(
+    r"(^(?P<fence>`{3,}|~{3,}).*?^(?P=fence)[ \t]*$|``.+?``|\$\$.+?\$\$)", re.MULTILINE | re.DOTALL
+)
 
 
 class Pages:
-    "Turns notebooks into MyST notebooks for Sphinx"
+    "Converter of notebooks into MyST notebooks for Sphinx"
 
-    def __init__(self, notebooks: Path, modules: dict[str, Module], repository: str, branch: str, run: bool = False):
+    def __init__(
+        self,
+        notebooks: Path,
+        modules: dict[str, Module],
+        repository: str,
+        branch: str,
+        run: bool = False,
+    ):
         self.run = run  # the notebooks with cells marked exec_doc
-        self.notebooks, self.modules, self.source = notebooks, modules, f"{repository}/blob/{branch}/{notebooks.name}"
+        self.notebooks, self.modules, self.source = (
+            notebooks,
+            modules,
+            f"{repository}/blob/{branch}/{notebooks.name}",
+        )
         self.paths = notebook_paths(notebooks)
         self.pages = {path.as_posix(): page_name(path) for path in self.paths}
         # A link may name the notebook or the page.
-        self.pages_by_name = {name: page for path, page in self.pages.items() for name in (path.removesuffix(".ipynb"), page)}
+        self.pages_by_name = {
+            name: page
+            for path, page in self.pages.items()
+            for name in (path.removesuffix(".ipynb"), page)
+        }
         self.targets = {}
         for module in modules.values():
             for entry in module.entries.values():
                 named = [(e.name, f"{module.name}.{e.name}") for e in [entry, *entry.members]]
-                named += [(f"{entry.name}.{name}", f"{owner}.{name}") for owner, names in entry.inherited.items() for name in names]
+                named += [
+                    (f"{entry.name}.{name}", f"{owner}.{name}")
+                    for owner, names in entry.inherited.items()
+                    for name in names
+                ]
                 for name, target in named:
                     # A name that two modules define is left alone: which one is meant can't be known.
                     self.targets[name] = None if name in self.targets else target
         self.documented: set[str] = set()
 
     def prose(self, text: str, page: str = "") -> str:
-        "Markdown with names in backticks and links to notebooks made into links between pages"
+        "Turn names in backticks, and links to notebooks, into links between pages"
         pieces = FENCED.split(text)
-        return "".join(self.link(piece, page) if i % 3 == 0 else piece for i, piece in enumerate(pieces) if i % 3 != 2)
+        return "".join(
+            self.link(piece, page) if i % 3 == 0 else piece
+            for i, piece in enumerate(pieces)
+            if i % 3 != 2
+        )
 
     def link(self, text: str, page: str) -> str:
         def name(match: re.Match) -> str:
@@ -395,7 +552,9 @@ class Pages:
             return reference(match[1], target) if target else match[0]
 
         def notebook(match: re.Match) -> str:
-            target = self.pages_by_name.get(posixpath.normpath((Path(page).parent / match[1]).as_posix()))
+            target = self.pages_by_name.get(
+                posixpath.normpath((Path(page).parent / match[1]).as_posix())
+            )
             return f"](/{target}.ipynb{match[2] or ''})" if target else match[0]
 
         text = re.sub(r"(?<![`\[])`([A-Za-z_][\w.]*(?:\(\))?)`(?!`)", name, text)
@@ -404,7 +563,11 @@ class Pages:
     def convert(self, path: Path) -> dict:
         book = json.loads((self.notebooks / path).read_text(encoding="utf-8"))
         page, cells, module = self.pages[path.as_posix()], [], None
-        marked = [c for c in book["cells"] if c["cell_type"] == "code" and "exec_doc" in split_directives("".join(c["source"]))[0]]
+        marked = [
+            c
+            for c in book["cells"]
+            if c["cell_type"] == "code" and "exec_doc" in split_directives("".join(c["source"]))[0]
+        ]
         outputs = outputs_of(self.notebooks / path) if self.run and marked else {}
         for cell in marked:
             cell["outputs"] = outputs.get(cell["id"], cell["outputs"])
@@ -413,7 +576,9 @@ class Pages:
             if cell["cell_type"] == "markdown":
                 directives, text = split_directives(text)
                 if text.strip() and "hide" not in directives:
-                    cells.append(markdown(self.title(text, path) if not cells else self.prose(text, page)))
+                    cells.append(
+                        markdown(self.title(text, path) if not cells else self.prose(text, page))
+                    )
             elif cell["cell_type"] == "code":
                 directives, text = split_directives(text)
                 if "default_exp" in directives:
@@ -424,28 +589,48 @@ class Pages:
                 if directives.keys() & {"export", "exports", "exporti"}:
                     cells += self.exported(text, module, page)
                 else:
-                    cells.append({**cell, "source": text, "metadata": {"tags": tags(directives)}, "execution_count": None})
-        return {**book, "cells": cells, "metadata": {"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}}}
+                    cells.append(
+                        {
+                            **cell,
+                            "source": text,
+                            "metadata": {"tags": tags(directives)},
+                            "execution_count": None,
+                        }
+                    )
+        return {
+            **book,
+            "cells": cells,
+            "metadata": {
+                "kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}
+            },
+        }
 
     def title(self, text: str, path: Path) -> str:
-        "The first cell: the title, and the subtitle as a lead paragraph, with the notebook's own address"
+        "Return the first cell: title, subtitle as a lead paragraph, and the notebook's own address"
         text = self.prose(text, self.pages[path.as_posix()])
         text = re.sub(r"^> (.+)$", r"{.lead}\n\1", text, count=1, flags=re.MULTILINE)
         return f"{text}\n\n{{.source-notebook}}\n[{self.notebooks.name}/{path.as_posix()}]({self.source}/{path.as_posix()})"
 
     def exported(self, text: str, module: Module | None, page: str) -> list[dict]:
-        "An exported cell: the entries of what it defines, and its code folded away"
+        "Return the entries of what an exported cell defines, and its code folded away"
         if module is None:
             return []
         tree = ast.parse(text)
         defined = []
         for node in tree.body:
-            names = [node.name] if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) else assigned_names(node)
+            names = (
+                [node.name]
+                if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
+                else assigned_names(node)
+            )
             defined += [name for name in names if name in module.entries]
         if all(isinstance(node, ast.Import | ast.ImportFrom) for node in tree.body):
             return []
         self.documented |= {f"{module.name}.{name}" for name in defined}
-        entries = [entry_markdown(module.entries[name], module, lambda s: self.prose(s, page)) for name in defined]
+        entries = [
+            entry_markdown(module.entries[name], module, lambda s: self.prose(s, page))
+            for name in defined
+        ]
         folded = {
             "cell_type": "code",
             "id": hashlib.sha1(text.encode()).hexdigest()[:12],
@@ -468,32 +653,56 @@ class Pages:
             shutil.copyfile(self.notebooks / path, folder / path)
 
     def contents(self) -> str:
-        "The table of contents, in the notebooks' order"
-        groups: dict[str, list[str]] = {"Tutorials": [], "Modules": []}
+        "Return the table of contents in the notebooks' order: tutorials first, then the floors"
+        floors = listed_notebooks(self.notebooks)
+        groups: dict[str, list[str]] = {"tutorials": []}
         for path, page in self.pages.items():
             if page != "index":
-                groups["Tutorials" if path.startswith("tutorials/") else "Modules"].append(page)
-        blocks = [f"```{{toctree}}\n:hidden:\n:caption: {caption}\n\n" + "\n".join(pages) + "\n```" for caption, pages in groups.items() if pages]
-        return "\n\n".join([*blocks, "```{toctree}\n:hidden:\n:caption: Project\n\nchangelog\ngenindex\n```"])
+                name = path.removesuffix(".ipynb")
+                floor = (
+                    "tutorials" if name.startswith("tutorials/") else floors.get(name) or "modules"
+                )
+                groups.setdefault(floor, []).append(page)
+        blocks = [
+            f"```{{toctree}}\n:hidden:\n:caption: {caption}\n\n" + "\n".join(pages) + "\n```"
+            for caption, pages in groups.items()
+            if pages
+        ]
+        return "\n\n".join(
+            [*blocks, "```{toctree}\n:hidden:\n:caption: project\n\nchangelog\ngenindex\n```"]
+        )
 
 
 def outputs_of(notebook: Path) -> dict[str, list]:
-    "Run a notebook for its page: the outputs of its cells, by their ids"
+    "Run a notebook for its page, and return the outputs of its cells by their ids"
     from llamagym.cli import run_notebook
 
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        contextlib.redirect_stdout(io.StringIO()),
+        contextlib.redirect_stderr(io.StringIO()),
+    ):
         made = Path(folder) / notebook.name
         run_notebook(notebook, made, {"LLAMAGYM_DOCS": "1", "IN_TEST": ""})
         book = json.loads(made.read_text(encoding="utf-8"))
-    return {cell["id"]: [o for o in cell["outputs"] if o["output_type"] != "stream"] for cell in book["cells"] if cell["cell_type"] == "code"}
+    return {
+        cell["id"]: [o for o in cell["outputs"] if o["output_type"] != "stream"]
+        for cell in book["cells"]
+        if cell["cell_type"] == "code"
+    }
 
 
 def markdown(text: str) -> dict:
-    return {"cell_type": "markdown", "id": hashlib.sha1(text.encode()).hexdigest()[:12], "metadata": {}, "source": text}
+    return {
+        "cell_type": "markdown",
+        "id": hashlib.sha1(text.encode()).hexdigest()[:12],
+        "metadata": {},
+        "source": text,
+    }
 
 
 def split_directives(text: str) -> tuple[dict[str, str], str]:
-    "The `#|` lines a cell begins with, and the rest"
+    "Split a cell into the `#|` lines at its beginning and the rest"
     directives, lines = {}, text.split("\n")
     while lines and (match := DIRECTIVE.match(lines[0])):
         directives[match[1]] = match[2].strip()
@@ -523,20 +732,28 @@ def settings() -> ConfigParser:
     return parser["DEFAULT"]
 
 
-def build(site: Path, notebooks: Path = ROOT / "nbs", package: Path = ROOT / PACKAGE, run: bool = False) -> list[str]:
-    "Build the site, and return what is wrong with it; `run` notebooks that want to be"
+def build(
+    site: Path, notebooks: Path = ROOT / "nbs", package: Path = ROOT / PACKAGE, run: bool = False
+) -> list[str]:
+    "Build the site and return its problems; `run` executes notebooks with cells marked exec_doc"
     from sphinx.application import Sphinx
     from sphinx.util.docutils import docutils_namespace
 
     config = settings()
     modules = read_modules(package)
     pages = Pages(notebooks, modules, config["repository"], config["branch"], run)
-    version = re.search(r'^__version__ = "(.+?)"', (package / "__init__.py").read_text(encoding="utf-8"), re.MULTILINE)[1]
+    version = re.search(
+        r'^__version__ = "(.+?)"',
+        (package / "__init__.py").read_text(encoding="utf-8"),
+        re.MULTILINE,
+    )[1]
     with tempfile.TemporaryDirectory() as temporary:
         source = Path(temporary) / "source"
         source.mkdir()
         pages.write(source)
-        (source / "changelog.md").write_text((ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), encoding="utf-8")
+        (source / "changelog.md").write_text(
+            (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), encoding="utf-8"
+        )
         (source / "genindex.md").write_text("# Index\n", encoding="utf-8")  # Sphinx fills it
         title = f"{config['lib_name']} {version}"
         values = {
@@ -549,9 +766,22 @@ def build(site: Path, notebooks: Path = ROOT / "nbs", package: Path = ROOT / PAC
         }
         output, warnings = Path(temporary) / "html", io.StringIO()
         with docutils_namespace():
-            app = Sphinx(source, ROOT / "scripts" / "docs", output, Path(temporary) / "doctrees", "html", values, status=None, warning=warnings)
+            app = Sphinx(
+                source,
+                ROOT / "scripts" / "docs",
+                output,
+                Path(temporary) / "doctrees",
+                "html",
+                values,
+                status=None,
+                warning=warnings,
+            )
             app.build(force_all=True)
-        problems = [re.sub(r"\x1b\[[\d;]*m", "", line).replace(str(source) + "/", "") for line in warnings.getvalue().splitlines() if line.strip()]
+        problems = [
+            re.sub(r"\x1b\[[\d;]*m", "", line).replace(str(source) + "/", "")
+            for line in warnings.getvalue().splitlines()
+            if line.strip()
+        ]
         if not (output / "index.html").exists():
             return [*problems, "no index.html was made: is there an nbs/index.ipynb?"]
         problems += check(output, modules)
@@ -569,21 +799,30 @@ FINGERPRINT = ".fingerprint"
 
 
 def fingerprint(notebooks: Path = ROOT / "nbs", package: Path = ROOT / PACKAGE) -> str:
-    "A digest of everything a site is made from"
+    "Return a digest of everything a site is made from"
     digest = hashlib.sha256()
     own = [ROOT / "CHANGELOG.md", ROOT / "settings.ini", *(ROOT / "scripts").rglob("*.*")]
-    for path in sorted([*(notebooks / p for p in [*notebook_paths(notebooks), *picture_paths(notebooks)]), *package.glob("*.py"), *package.glob("*.js"), *own]):
+    for path in sorted(
+        [
+            *(notebooks / p for p in [*notebook_paths(notebooks), *picture_paths(notebooks)]),
+            *package.rglob("*.py"),
+            *package.rglob("*.js"),
+            *own,
+        ]
+    ):
         if "__pycache__" not in path.parts:
             digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()
 
 
 def is_fresh(site: Path) -> bool:
-    return (site / FINGERPRINT).exists() and (site / FINGERPRINT).read_text(encoding="utf-8") == fingerprint()
+    return (site / FINGERPRINT).exists() and (site / FINGERPRINT).read_text(
+        encoding="utf-8"
+    ) == fingerprint()
 
 
 class Links(HTMLParser):
-    "A page's anchors, and what it links to"
+    "The anchors and links of a page"
 
     def __init__(self, text: str):
         super().__init__()
@@ -600,13 +839,26 @@ class Links(HTMLParser):
 
 
 def check(site: Path, modules: dict[str, Module]) -> list[str]:
-    "Public names and members without an entry, internal links that lead nowhere, and tables that are shown as raw pipes"
-    texts = {page.relative_to(site).as_posix(): page.read_text(encoding="utf-8") for page in sorted(site.rglob("*.html"))}
+    "Return public names without an entry, broken internal links, and tables shown as raw text"
+    texts = {
+        page.relative_to(site).as_posix(): page.read_text(encoding="utf-8")
+        for page in sorted(site.rglob("*.html"))
+    }
     pages = {name: Links(text) for name, text in texts.items()}
-    anchors = set().union(*(page.anchors for name, page in pages.items() if not name.startswith("_modules/")))
-    named = {f"{m.name}.{name}": None for m in modules.values() for name in [*m.public, *(e.name for c in m.entries.values() for e in c.members)]}
+    anchors = set().union(
+        *(page.anchors for name, page in pages.items() if not name.startswith("_modules/"))
+    )
+    named = {
+        f"{m.name}.{name}": None
+        for m in modules.values()
+        for name in [*m.public, *(e.name for c in m.entries.values() for e in c.members)]
+    }
     problems = [f"{name} has no entry in the site" for name in named if name not in anchors]
-    problems += [f"{name}: a table is shown as the text it is written in" for name, text in texts.items() if re.search(r"<p>\s*\|", text)]
+    problems += [
+        f"{name}: a table is shown as the text it is written in"
+        for name, text in texts.items()
+        if re.search(r"<p>\s*\|", text)
+    ]
     for name, page in pages.items():
         for link in page.links:
             parts = urlsplit(link)
@@ -625,7 +877,9 @@ def check(site: Path, modules: dict[str, Module]) -> list[str]:
 
 def main() -> int:
     arguments = argparse.ArgumentParser(description="Build the HTML site from the notebooks.")
-    arguments.add_argument("site", nargs="?", default="_site", type=Path, help="folder to write (default: %(default)s)")
+    arguments.add_argument(
+        "site", nargs="?", default="_site", type=Path, help="folder to write (default: %(default)s)"
+    )
     site = arguments.parse_args().site.resolve()
     problems = build(site, run=True)
     for problem in problems:

@@ -1,7 +1,7 @@
-"""Write README.md from nbs/index.ipynb: python scripts/readme.py; with --check, only say whether it is up to date.
+"""Write README.md from nbs/index.ipynb: python scripts/readme.py; with --check, only compare them.
 
-Prose stays as it is, apart from links to notebooks and pictures, which become links into nbs/; code cells become code blocks,
-followed by what they printed or showed.
+Prose is copied, with links to notebooks and pictures made into links into nbs/; code cells become code
+blocks, followed by their outputs.
 """
 
 import argparse
@@ -17,14 +17,18 @@ NOTE = "<!-- Made from nbs/index.ipynb by scripts/readme.py: edit the notebook. 
 
 
 def output_text(output: dict) -> str:
-    "What an output looks like in Markdown; images have no place in it"
+    "Return an output as Markdown; images are left out"
     data = output.get("data", {})
     if "text/markdown" in data:
         return "".join(data["text/markdown"])
     if output.get("name") == "stderr":  # progress bars and warnings
         return ""
     text = "".join(output.get("text", data.get("text/plain", "")))
-    return f"```text\n{text.rstrip()}\n```" if text and not any(kind.startswith("image/") for kind in data) else ""
+    return (
+        f"```text\n{text.rstrip()}\n```"
+        if text and not any(kind.startswith("image/") for kind in data)
+        else ""
+    )
 
 
 def readme(notebook: Path = NOTEBOOK) -> str:
@@ -45,7 +49,11 @@ def readme(notebook: Path = NOTEBOOK) -> str:
 
 def main() -> int:
     arguments = argparse.ArgumentParser(description="Write README.md from nbs/index.ipynb.")
-    arguments.add_argument("--check", action="store_true", help="write nothing; exit 1 when README.md is not up to date")
+    arguments.add_argument(
+        "--check",
+        action="store_true",
+        help="write nothing; exit 1 when README.md is not up to date",
+    )
     text = readme()
     if not arguments.parse_args().check:
         README.write_text(text, encoding="utf-8")

@@ -1,4 +1,4 @@
-"""What all tests share: quiet, policies that were taught a form of dialogue, and copies of them."""
+"Shared fixtures: policies after behavior cloning, and copies of them"
 
 import contextlib
 import copy
@@ -11,25 +11,30 @@ from doubles import config, lake, make_policy
 
 from llamagym.agent import Agent
 from llamagym.config import WarmstartConfig
-from llamagym.task import RandomAgent, play
-from llamagym.warmstart import clone
+from llamagym.envs.baselines import RandomAgent, play
+from llamagym.training.cloning import clone
 
-# Tiny models gain next to nothing from a second thread, and lose much where the cores are shared. The variable is for programs that tests start.
+# A second thread hardly helps tiny models, and slows down tests that run in parallel. The
+# environment variable is for child processes.
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(scope="session")
-def _taught(request):
+def _cloned_policies(request):
     made = {}
 
     def of(kind):
         if kind not in made:
-            policy = make_policy(kind, shaken=False)
+            policy = make_policy(kind, perturbed=False)
             task = lake(max_steps=8)
             with contextlib.redirect_stdout(io.StringIO()):
-                clone(Agent.for_task(task, policy, config=config()), play(task, RandomAgent(task), 48),
-                      WarmstartConfig(epochs=4, batch_size=8, learning_rate=3e-3), progress=False)
+                clone(
+                    Agent.for_task(task, policy, config=config()),
+                    play(task, RandomAgent(task), 48),
+                    WarmstartConfig(epochs=4, batch_size=8, learning_rate=3e-3),
+                    progress=False,
+                )
             made[kind] = policy
         return made[kind]
 
@@ -37,11 +42,11 @@ def _taught(request):
 
 
 @pytest.fixture
-def taught(_taught):
-    """`taught(kind)`: a policy of its own that speaks FrozenLake's form, its reference frozen after the warm start"""
+def cloned_policy(_cloned_policies):
+    "Return `cloned_policy(kind)`: a copy of a policy cloned on FrozenLake's response format"
 
     def of(kind):
-        policy = _taught(kind)
+        policy = _cloned_policies(kind)
         return copy.deepcopy(policy, {id(policy.tokenizer): policy.tokenizer})
 
     return of

@@ -1,4 +1,4 @@
-"""Bad input to buffer, credit and config: the error says what was given, what was expected and what to do."""
+"""Invalid input to buffer, credit and config raises errors that name the value given, the value expected and the fix."""
 
 from dataclasses import replace
 
@@ -7,15 +7,41 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from llamagym.batch import Batch, pack
-from llamagym.buffer import Episode, EpisodeBuffer, Turn
-from llamagym.chat import Segment
-from llamagym.config import Config, ContextConfig, GenerateConfig, LoRAConfig, ModelConfig, PPOConfig, RolloutConfig, TrainerConfig
-from llamagym.credit import assign, normalize_advantages, return_to_go, turn_gae
+from llamagym.algorithms.advantages import (
+    assign_turn_gae,
+    normalize_advantages,
+    return_to_go,
+    turn_gae,
+)
+from llamagym.algorithms.batch import Batch
+from llamagym.buffer import EpisodeBuffer
+from llamagym.chat.conversation import Segment
+from llamagym.config import (
+    Config,
+    ContextConfig,
+    GenerateConfig,
+    LoRAConfig,
+    ModelConfig,
+    PPOConfig,
+    RolloutConfig,
+    TrainerConfig,
+)
+from llamagym.episodes.episode import Episode, Turn
+from llamagym.models.packing import pack_by_length
 
 
 def one_turn(**changes):
-    turn = Turn("o", "r", [5, 6], start=2, logprobs=np.zeros(2, np.float32), value=0.0, advantage=1.0, returns=1.0, terminated=True)
+    turn = Turn(
+        "o",
+        "r",
+        [5, 6],
+        start=2,
+        logprobs=np.zeros(2, np.float32),
+        value=0.0,
+        advantage=1.0,
+        returns=1.0,
+        terminated=True,
+    )
     return replace(turn, **changes)
 
 
@@ -27,10 +53,12 @@ def one_episode(*turns, mask=(0, 0, 1, 1)):
 
 
 @pytest.mark.parametrize("thing", [None, 3, "text", Turn("", "")])
-def test_buffer_holds_episodes(thing):
+def test_buffer_rejects_other_objects_than_episodes(thing):
     buffer = EpisodeBuffer([one_episode()])
     for call in (lambda: buffer.append(thing), lambda: buffer.extend([one_episode(), thing])):
-        with pytest.raises(TypeError, match=f"an EpisodeBuffer holds episodes, got {type(thing).__name__}"):
+        with pytest.raises(
+            TypeError, match=f"an EpisodeBuffer holds episodes, got {type(thing).__name__}"
+        ):
             call()
     assert len(buffer) == 1
 
@@ -38,7 +66,10 @@ def test_buffer_holds_episodes(thing):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (dict(action=object()), r"episode 1 can't be saved, Episode\(index=4.*action=.*expected numbers, texts, lists and dictionaries"),
+        (
+            dict(action=object()),
+            r"episode 1 can't be saved, Episode\(index=4.*action=.*expected numbers, texts, lists and dictionaries",
+        ),
         (dict(flags={"a": {1}}), "flags=.*JSON has no set"),
         (dict(frame=[[1]]), r"frame is \[\[1\]\]: expected a uint8 array \[H, W, 3\]"),
         (dict(frame=np.zeros((1, 1, 3))), r"frame is float64\[1, 1, 3\]: expected a uint8 array"),
@@ -49,14 +80,14 @@ def test_buffer_holds_episodes(thing):
         (dict(response_ids=["a"]), "can't be saved"),
     ],
 )
-def test_what_cannot_be_saved_is_named_and_nothing_is_lost(tmp_path, changes, message):
+def test_failed_save_names_the_episode_and_keeps_the_old_file(tmp_path, changes, message):
     buffer = EpisodeBuffer([one_episode(), Episode([replace(Turn("", ""), **changes)], index=4)])
     with pytest.raises((TypeError, ValueError), match=message):
         buffer.save(tmp_path / "e.parquet")
     assert len(buffer) == 2 and not list(tmp_path.iterdir())
 
 
-def test_files_that_hold_no_episodes(tmp_path):
+def test_load_of_files_without_episodes_raises(tmp_path):
     (tmp_path / "text.parquet").write_text("not a table")
     pq.write_table(pa.table({"x": [1]}), tmp_path / "foreign.parquet")
     for name, kind, message in (
@@ -72,20 +103,35 @@ def test_files_that_hold_no_episodes(tmp_path):
 @pytest.mark.parametrize(
     ("episode", "message"),
     [
-        (one_episode(one_turn(entropy=np.zeros(3, np.float32))), "turn 0 of .*: 3 entropy for 2 response_ids"),
+        (
+            one_episode(one_turn(entropy=np.zeros(3, np.float32))),
+            "turn 0 of .*: 3 entropy for 2 response_ids",
+        ),
         (one_episode(one_turn(top_alternatives=[])), "0 top_alternatives for 2 response_ids"),
-        (one_episode(one_turn(candidates=["a"], candidate_logprobs=np.zeros(2))), "2 candidate_logprobs for 1 candidates"),
+        (
+            one_episode(one_turn(candidates=["a"], candidate_logprobs=np.zeros(2))),
+            "2 candidate_logprobs for 1 candidates",
+        ),
         (one_episode(one_turn(reward=float("nan"))), "its reward is nan"),
-        (one_episode(one_turn(), one_turn()), "turn 0 of .*: the episode ended here, but has 2 turns"),
+        (
+            one_episode(one_turn(), one_turn()),
+            "turn 0 of .*: the episode ended here, but has 2 turns",
+        ),
         (one_episode(one_turn(segment=1)), "it lies in segment 1, of 1"),
-        (one_episode(one_turn(start=0)), "it starts at position 0: there is no prompt token before it"),
-        (one_episode(one_turn(start=1)), "response_ids are not what segment 0 holds from position 1 on"),
+        (
+            one_episode(one_turn(start=0)),
+            "it starts at position 0: there is no prompt token before it",
+        ),
+        (
+            one_episode(one_turn(start=1)),
+            "response_ids are not what segment 0 holds from position 1 on",
+        ),
         (one_episode(mask=(0, 0, 0, 1)), "doesn't mark all of positions 2 to 3 as sampled"),
         (one_episode(mask=(0, 1, 1, 1)), "its segments mark 3 tokens as sampled, its turns hold 2"),
         (one_episode(mask=(0, 0, 1)), "segment 0 has 4 ids, but a mask of 3"),
     ],
 )
-def test_episodes_that_drifted(episode, message):
+def test_inconsistent_episode_raises(episode, message):
     with pytest.raises(ValueError, match=message):
         episode.validate()
 
@@ -93,14 +139,32 @@ def test_episodes_that_drifted(episode, message):
 @pytest.mark.parametrize(
     ("episode", "message"),
     [
-        (one_episode(one_turn(logprobs=None)), "episode 1, turn 0: it has no logprobs: record them while sampling .Episode.index=4"),
-        (one_episode(one_turn(advantage=None)), "it has no advantage: call llamagym.credit.assign first"),
-        (one_episode(one_turn(returns=None)), "it has no returns: call llamagym.credit.assign first"),
+        (
+            one_episode(one_turn(logprobs=None)),
+            "episode 1, turn 0: it has no logprobs: record them while sampling .Episode.index=4",
+        ),
+        (
+            one_episode(one_turn(advantage=None)),
+            "it has no advantage: call llamagym.algorithms.advantages.assign_turn_gae first",
+        ),
+        (
+            one_episode(one_turn(returns=None)),
+            "it has no returns: call llamagym.algorithms.advantages.assign_turn_gae first",
+        ),
         (one_episode(one_turn(logprobs=np.zeros(1))), "1 logprobs for 2 response_ids"),
-        (one_episode(one_turn(token_advantages=np.zeros(3))), "3 token_advantages for 2 response_ids"),
+        (
+            one_episode(one_turn(token_advantages=np.zeros(3))),
+            "3 token_advantages for 2 response_ids",
+        ),
         (one_episode(one_turn(segment=-1)), "it lies in segment -1, of 1"),
-        (one_episode(one_turn(start=0)), "2 response_ids from position 0 on are not in its segment of 4 ids"),
-        (one_episode(one_turn(start=3)), "2 response_ids from position 3 on are not in its segment of 4 ids"),
+        (
+            one_episode(one_turn(start=0)),
+            "2 response_ids from position 0 on are not in its segment of 4 ids",
+        ),
+        (
+            one_episode(one_turn(start=3)),
+            "2 response_ids from position 3 on are not in its segment of 4 ids",
+        ),
         (one_episode(one_turn(start=1)), "response_ids are not the ids in its segment"),
         (one_episode(mask=(0, 0, 1, 0)), "doesn't mark all of positions 2 to 3 as sampled"),
         (one_episode(mask=(1, 0, 1, 1)), "its segments mark 3 tokens as sampled, its turns hold 2"),
@@ -108,22 +172,24 @@ def test_episodes_that_drifted(episode, message):
         (Episode([Turn("", "", advantage=0.0, returns=0.0)]), "it lies in segment 0, of 0"),
     ],
 )
-def test_batches_name_what_is_missing(episode, message):
+def test_batch_error_names_the_missing_data(episode, message):
     with pytest.raises(ValueError, match=message):
         Batch.from_episodes([one_episode(), episode])
 
 
-def test_batches_are_made_of_lists_of_episodes():
+def test_batch_requires_a_list_of_episodes():
     with pytest.raises(TypeError, match="got one episode: expected a list"):
         Batch.from_episodes(one_episode())
     with pytest.raises(TypeError, match="item 1 is a str: expected episodes"):
         Batch.from_episodes([one_episode(), "episode"])
     for empty in ([], [Episode()]):
-        with pytest.raises(ValueError, match=f"a batch needs at least one turn, got {len(empty)} episodes"):
+        with pytest.raises(
+            ValueError, match=f"a batch needs at least one turn, got {len(empty)} episodes"
+        ):
             Batch.from_episodes(empty)
 
 
-def test_rows_that_do_not_exist(tmp_path):
+def test_select_of_missing_rows_raises(tmp_path):
     batch = Batch.from_episodes([one_episode()])
     for rows in ([1], [-1]):
         with pytest.raises(IndexError, match="of a batch of 1 rows"):
@@ -134,7 +200,7 @@ def test_rows_that_do_not_exist(tmp_path):
         with pytest.raises(ValueError, match=f"token_budget={budget}: expected at least 1"):
             batch.micro_batches(budget)
         with pytest.raises(ValueError, match=f"token_budget={budget}"):
-            pack(np.array([1]), budget)
+            pack_by_length(np.array([1]), budget)
     (tmp_path / "batch.npz").write_text("no archive")
     np.savez(tmp_path / "other.npz", x=np.zeros(1))
     np.save(tmp_path / "array.npy", np.zeros(1))
@@ -151,19 +217,55 @@ def test_rows_that_do_not_exist(tmp_path):
 @pytest.mark.parametrize(
     ("call", "kind", "message"),
     [
-        (lambda: return_to_go([1.0], 1.5), ValueError, r"gamma=1.5: expected a discount in \[0, 1\]"),
+        (
+            lambda: return_to_go([1.0], 1.5),
+            ValueError,
+            r"gamma=1.5: expected a discount in \[0, 1\]",
+        ),
         (lambda: turn_gae([1.0], [0.0], -0.1, 1), ValueError, "gamma=-0.1"),
-        (lambda: turn_gae([1.0], [0.0], 1, 2), ValueError, r"gae_lambda=2: expected a factor in \[0, 1\]"),
-        (lambda: turn_gae([1.0], [0.0, 1.0], 1, 1), ValueError, "1 rewards and 2 values: expected one of each per turn"),
-        (lambda: turn_gae([[1.0]], [0.0], 1, 1), ValueError, r"rewards has shape \[1, 1\]: expected \[T\]"),
-        (lambda: turn_gae([1.0], [None], 1, 1), TypeError, r"values=\[None\]: expected a number per turn"),
-        (lambda: turn_gae(["1"], [0.0], 1, 1), TypeError, r"rewards=\['1'\]: expected a number per turn"),
-        (lambda: assign(["episode"], 1, 1), TypeError, "item 0 is a str: expected episodes"),
-        (lambda: normalize_advantages([]), ValueError, "there is no turn to normalise in 0 episodes"),
-        (lambda: normalize_advantages([one_episode(one_turn(advantage=None))]), ValueError, "a turn has no advantage: call assign first"),
+        (
+            lambda: turn_gae([1.0], [0.0], 1, 2),
+            ValueError,
+            r"gae_lambda=2: expected a factor in \[0, 1\]",
+        ),
+        (
+            lambda: turn_gae([1.0], [0.0, 1.0], 1, 1),
+            ValueError,
+            "1 rewards and 2 values: expected one of each per turn",
+        ),
+        (
+            lambda: turn_gae([[1.0]], [0.0], 1, 1),
+            ValueError,
+            r"rewards has shape \[1, 1\]: expected \[T\]",
+        ),
+        (
+            lambda: turn_gae([1.0], [None], 1, 1),
+            TypeError,
+            r"values=\[None\]: expected a number per turn",
+        ),
+        (
+            lambda: turn_gae(["1"], [0.0], 1, 1),
+            TypeError,
+            r"rewards=\['1'\]: expected a number per turn",
+        ),
+        (
+            lambda: assign_turn_gae(["episode"], 1, 1),
+            TypeError,
+            "item 0 is a str: expected episodes",
+        ),
+        (
+            lambda: normalize_advantages([]),
+            ValueError,
+            "there is no turn to normalize in 0 episodes",
+        ),
+        (
+            lambda: normalize_advantages([one_episode(one_turn(advantage=None))]),
+            ValueError,
+            "a turn has no advantage: call assign_turn_gae first",
+        ),
     ],
 )
-def test_credit_of_wrong_things(call, kind, message):
+def test_credit_arguments_raise(call, kind, message):
     with pytest.raises(kind, match=message):
         call()
 
@@ -171,16 +273,25 @@ def test_credit_of_wrong_things(call, kind, message):
 @pytest.mark.parametrize(
     ("episode", "message"),
     [
-        (one_episode(one_turn(value=None)), "episode 1, turn 0 has no value: run the critic over the episodes first"),
-        (one_episode(one_turn(terminated=False)), "episode 1 is not over: its last turn is neither terminated nor truncated"),
-        (one_episode(one_turn(terminated=False, truncated=True)), "episode 1 was truncated, but has no final_value: run the critic on its final_ids"),
+        (
+            one_episode(one_turn(value=None)),
+            "episode 1, turn 0 has no value: run the critic over the episodes first",
+        ),
+        (
+            one_episode(one_turn(terminated=False)),
+            "episode 1 is not over: its last turn is neither terminated nor truncated",
+        ),
+        (
+            one_episode(one_turn(terminated=False, truncated=True)),
+            "episode 1 was truncated, but has no final_value: run the critic on its final_ids",
+        ),
         (one_episode(one_turn(), one_turn()), "episode 1 ended in turn 0, but goes on"),
     ],
 )
-def test_credit_of_unfinished_episodes_changes_nothing(episode, message):
+def test_credit_of_unfinished_episodes_raises_and_changes_nothing(episode, message):
     good = one_episode(one_turn(reward=5.0, advantage=None, returns=None))
     with pytest.raises(ValueError, match=message):
-        assign([good, episode], 1, 1)
+        assign_turn_gae([good, episode], 1, 1)
     assert good.turns[0].advantage is None and good.turns[0].returns is None
 
 
@@ -191,8 +302,16 @@ def test_credit_of_unfinished_episodes_changes_nothing(episode, message):
     ("values", "kind", "message"),
     [
         ({"ppo.clip_range": -1}, ValueError, "ppo.clip_range=-1: expected > 0"),
-        ({"ppo": {"learning_rate": float("nan")}}, ValueError, "ppo.learning_rate=nan: expected > 0"),
-        ({"rollout.invalid_reward": float("inf")}, ValueError, "rollout.invalid_reward=inf: expected a finite number"),
+        (
+            {"ppo": {"learning_rate": float("nan")}},
+            ValueError,
+            "ppo.learning_rate=nan: expected > 0",
+        ),
+        (
+            {"rollout.invalid_reward": float("inf")},
+            ValueError,
+            "rollout.invalid_reward=inf: expected a finite number",
+        ),
         ({"credit.gamma": 1.1}, ValueError, "credit.gamma=1.1: expected >= 0 and <= 1"),
         ({"ppo.betas": [0.9, 1.0]}, ValueError, r"ppo.betas=\[0.9, 1.0\]: expected >= 0 and < 1"),
         ({"ppo.betas": [0.9]}, TypeError, r"ppo.betas=\[0.9\]: expected tuple\[float, float\]"),
@@ -205,20 +324,48 @@ def test_credit_of_unfinished_episodes_changes_nothing(episode, message):
         ({"ppo.kl_loss": "k3"}, ValueError, 'ppo.kl_loss=\'k3\': expected "exact" or "k2"'),
         ({"model.quantize": "int8"}, ValueError, "model.quantize='int8': expected \"nf4\" or None"),
         ({"model.lora.r": 0}, ValueError, "model.lora.r=0: expected >= 1"),
-        ({"model.lora.target_modules": []}, ValueError, r"model.lora.target_modules=\[\]: expected not empty"),
+        (
+            {"model.lora.target_modules": []},
+            ValueError,
+            r"model.lora.target_modules=\[\]: expected not empty",
+        ),
         ({"model.name": ""}, ValueError, "model.name='': expected not empty"),
-        ({"rollout.on_invalid": "retry:0"}, ValueError, "rollout.on_invalid='retry:0': expected a match of fallback"),
-        ({"context.context": 0}, ValueError, "context.context=0: expected >= 1"),
+        (
+            {"rollout.on_invalid": "retry:0"},
+            ValueError,
+            "rollout.on_invalid='retry:0': expected a match of fallback",
+        ),
+        ({"context.turns": 0}, ValueError, "context.turns=0: expected >= 1"),
         ({"ppo": 3}, TypeError, "ppo=3: expected PPOConfig"),
         ({"ppo": None}, TypeError, "ppo=None: expected PPOConfig"),
-        ({"ppo.cliprange": 0.1}, ValueError, "unknown name 'ppo.cliprange'; did you mean 'ppo.clip_range'?"),
-        ({"clip_range": 0.1}, ValueError, "unknown name 'clip_range'; did you mean 'ppo.clip_range'?"),
-        ({"ppo": {"gamma": 0.1}}, ValueError, "unknown name 'ppo.gamma'; did you mean 'credit.gamma'?"),
+        (
+            {"ppo.cliprange": 0.1},
+            ValueError,
+            "unknown name 'ppo.cliprange'; did you mean 'ppo.clip_range'?",
+        ),
+        (
+            {"clip_range": 0.1},
+            ValueError,
+            "unknown name 'clip_range'; did you mean 'ppo.clip_range'?",
+        ),
+        (
+            {"ppo": {"gamma": 0.1}},
+            ValueError,
+            "unknown name 'ppo.gamma'; did you mean 'credit.gamma'?",
+        ),
         ({"traner": {"seed": 1}}, ValueError, "unknown name 'traner'; did you mean 'trainer'?"),
         ({"model": {"lora": {"rank_of": 1}}}, ValueError, "unknown name 'model.lora.rank_of'"),
-        ({"xyzzy": 1}, ValueError, "unknown name 'xyzzy'; expected one of: model, generate, context"),
+        (
+            {"xyzzy": 1},
+            ValueError,
+            "unknown name 'xyzzy'; expected one of: model, generate, context",
+        ),
         ({"ppo.epochs.more": 1}, TypeError, r"ppo.epochs=\{'more': 1\}: expected int"),
-        ({"ppo": {"epochs": 1}, "ppo.epochs": 1}, ValueError, "ppo.epochs is given twice; keep one of them"),
+        (
+            {"ppo": {"epochs": 1}, "ppo.epochs": 1},
+            ValueError,
+            "ppo.epochs is given twice; keep one of them",
+        ),
         ({"ppo": 3, "ppo.epochs": 1}, ValueError, "ppo is given twice"),
         ({"ppo.epochs": 1, "ppo": 3}, ValueError, "ppo is given twice"),
         ({"model.lora.r": 1, "model": {"lora.r": 2}}, ValueError, "model.lora.r is given twice"),
@@ -227,7 +374,7 @@ def test_credit_of_unfinished_episodes_changes_nothing(episode, message):
         (None, TypeError, "Config.from_dict got NoneType"),
     ],
 )
-def test_config_of_wrong_values(values, kind, message):
+def test_config_values_raise(values, kind, message):
     with pytest.raises(kind, match=message):
         Config.from_dict(values)
 
@@ -241,20 +388,28 @@ def test_config_of_wrong_values(values, kind, message):
         (lambda: ContextConfig(max_length=1), "context.max_length=1: expected >= 2"),
         (lambda: RolloutConfig(num_envs=0), "rollout.num_envs=0: expected >= 1"),
         (lambda: TrainerConfig(seed=-1), "trainer.seed=-1: expected >= 0"),
-        (lambda: PPOConfig.from_2024({"cliprang": 0.1}), "unknown name 'ppo.cliprang'; did you mean 'ppo.clip_range'?"),
-        (lambda: GenerateConfig.from_2024({"generate/temprature": 1}), "unknown name 'generate.temprature'; did you mean 'generate.temperature'?"),
+        (
+            lambda: PPOConfig.from_2024({"cliprang": 0.1}),
+            "unknown name 'ppo.cliprang'; did you mean 'ppo.clip_range'?",
+        ),
+        (
+            lambda: GenerateConfig.from_2024({"generate/temprature": 1}),
+            "unknown name 'generate.temprature'; did you mean 'generate.temperature'?",
+        ),
         (lambda: PPOConfig.from_2024({"ppo_epochs": 0}), "ppo.epochs=0: expected >= 1"),
         (lambda: PPOConfig(learning_rate=10**400), "ppo.learning_rate=1000*: expected > 0"),
     ],
 )
-def test_sections_check_themselves(call, message):
+def test_config_sections_validate_their_values(call, message):
     with pytest.raises(ValueError, match=message.replace("?", r"\?")):
         call()
 
 
-def test_assignments_are_checked():
+def test_config_assignments_are_validated():
     config = Config()
-    with pytest.raises(TypeError, match="Config.replace got list: expected a mapping of names to values"):
+    with pytest.raises(
+        TypeError, match="Config.replace got list: expected a mapping of names to values"
+    ):
         config.replace([1])
     with pytest.raises(ValueError, match="ppo.epochs=0: expected >= 1"):
         config.ppo.epochs = 0
@@ -266,17 +421,23 @@ def test_assignments_are_checked():
 
 
 @pytest.mark.parametrize("argument", ["generate_config_dict", "ppo_config_dict"])
-def test_dictionaries_of_2024_are_dictionaries(argument):
-    with pytest.raises(TypeError, match=f"{argument} is a list: expected a dictionary of names to values"):
+def test_config_from_2024_requires_dictionaries(argument):
+    with pytest.raises(
+        TypeError, match=f"{argument} is a list: expected a dictionary of names to values"
+    ):
         Config.from_2024(**{argument: [1]})
 
 
-def test_config_files_that_are_none(tmp_path):
+def test_config_load_of_invalid_files_raises(tmp_path):
     for name, text, message in (
         ("a.toml", "ppo = ", "a.toml: this is not TOML"),
         ("a.json", "{", "a.json: this is not JSON"),
         ("b.json", "[]", "b.json: Config.from_dict got list"),
-        ("b.toml", "[ppo]\nepoch = 1", "b.toml: unknown name 'ppo.epoch'; did you mean 'ppo.epochs'?"),
+        (
+            "b.toml",
+            "[ppo]\nepoch = 1",
+            "b.toml: unknown name 'ppo.epoch'; did you mean 'ppo.epochs'?",
+        ),
         ("c.toml", "[ppo]\nepochs = 'x'", "c.toml: ppo.epochs='x': expected int"),
         ("a.yaml", "", "'.*a.yaml' ends in '.yaml': expected .toml or .json"),
     ):

@@ -1,6 +1,6 @@
-"""What was written for LlamaGym in 2024 runs with its model lines changed, and what was wrong with it has not come back.
+"""Scripts for the LlamaGym of 2024 run with new model lines, and its bugs are fixed.
 
-The scripts are those of its README and of `examples/blackjack.py`; the faults are listed where they are tested.
+The scripts are those of its README and of `examples/blackjack.py`. A test of a bug cites its lines.
 """
 
 import gc
@@ -14,18 +14,18 @@ import torch
 from doubles import KINDS, Walk, tokenizer_of, users_model
 
 from llamagym.agent import Agent
-from llamagym.batch import Batch
+from llamagym.algorithms.batch import Batch
 from llamagym.config import Config
+from llamagym.models.tiny import tiny_model, tiny_tokenizer
 from llamagym.rollout import collect
-from llamagym.tiny import tiny_model, tiny_tokenizer
 
-pytestmark = pytest.mark.filterwarnings("ignore:none of .* responses held an action", "ignore:.*is_gradient_checkpointing", "ignore:a response held no action",
+pytestmark = pytest.mark.filterwarnings("ignore:none of .* responses held an action", "ignore:.*is_gradient_checkpointing",
                                         "ignore:in training", "ignore:.*has no chat template", "ignore:.*gradient_checkpointing_enable")  # fmt: skip
 TEMPLATES = ("llama2", "chatml", "none")
 
 
 class BlackjackAgent(Agent):
-    """As in `examples/blackjack.py`"""
+    """The agent of `examples/blackjack.py`"""
 
     def get_system_prompt(self) -> str:
         return """You are an expert blackjack player. Every turn, you'll see your current sum, the dealer's showing card value, and whether you have
@@ -44,7 +44,8 @@ a usable ace. Decide whether to stay with your current sum by writing "Action: 0
                 return 0
             elif "hit" in response.lower():
                 return 1
-            raise ValueError(f"no action in {response}")  # the one line that is new: an untrained model says many a number, and the game knows two
+            # the only new line: untrained models write other numbers than the two actions
+            raise ValueError(f"no action in {response}")
         return int(digits[-1])
 
 
@@ -56,7 +57,7 @@ hyperparams = {
 
 @pytest.mark.parametrize("template", TEMPLATES)
 @pytest.mark.parametrize("kind", KINDS)
-def test_compat_2024_example(kind, template):
+def test_compat_2024_example_script_runs(kind, template):
     tokenizer = tokenizer_of(template)
     model = users_model(kind, tokenizer, prepare=template == "chatml")
     device = "cpu"
@@ -79,7 +80,7 @@ def test_compat_2024_example(kind, template):
             observation, reward, terminated, truncated, info = env.step(action)
             agent.assign_reward(reward)
             done = terminated or truncated
-            turns += 1
+        turns += len(agent.current_episode_rewards)  # also those that show an observation again
         episode_stats = {
             "episode": episode,
             "total_return": sum(agent.current_episode_rewards),
@@ -89,21 +90,36 @@ def test_compat_2024_example(kind, template):
         train_stats = agent.terminate_episode()
         episode_stats.update(train_stats)
         log.append(episode_stats)
-        assert episode_stats["total_return"] == reward  # the game pays at its end
+        assert episode_stats["total_return"] == reward  # only the last step has a reward
         messages = episode_stats["episode_messages"]
-        assert [m["role"] for m in messages] == ["system", *["user", "assistant"] * ((len(messages) - 1) // 2)]
-        assert messages[0]["content"] == agent.get_system_prompt() and messages[-2]["content"].startswith("You: ")
-        assert agent.current_episode_rewards == [] and agent.current_episode_messages == messages[:1]  # and a new one begins
+        assert [m["role"] for m in messages] == [
+            "system",
+            *["user", "assistant"] * ((len(messages) - 1) // 2),
+        ]
+        assert messages[0]["content"] == agent.get_system_prompt() and messages[-2][
+            "content"
+        ].startswith("You: ")
+        # a new episode starts
+        assert (
+            agent.current_episode_rewards == [] and agent.current_episode_messages == messages[:1]
+        )
     updates = [stats for stats in log if "policy_loss" in stats]
-    assert updates and all(isinstance(v, (int, float)) for stats in updates for k, v in stats.items() if k != "episode_messages")
-    assert turns - sum(map(len, agent.buffer)) >= 6 * len(updates) and sum(map(len, agent.buffer)) < 6
-    assert all(stats["logprob_gap"] < 1e-4 for stats in updates)
+    assert updates and all(
+        isinstance(v, (int, float))
+        for stats in updates
+        for k, v in stats.items()
+        if k != "episode_messages"
+    )
+    assert (
+        turns - sum(map(len, agent.buffer)) >= 6 * len(updates) and sum(map(len, agent.buffer)) < 6
+    )
+    assert all(stats["max_logprob_diff"] < 1e-4 for stats in updates)
     assert any((p != old).any() for p, old in zip(agent.policy.parameters(), weights))
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
-def test_compat_2024_readme(template):
-    """The README's agent and loop: no dictionaries at all"""
+def test_compat_2024_readme_script_runs(template):
+    """The README's agent and loop run without config dictionaries"""
 
     class ReadmeAgent(Agent):
         def get_system_prompt(self) -> str:
@@ -131,140 +147,203 @@ def test_compat_2024_readme(template):
     assert len(agent.buffer) == 2
 
 
-def test_compat_2024_forgotten_episodes():
-    """`terminate_episode(train=False)`, as in evaluation loops: nothing is kept, nothing is learned"""
+def test_compat_2024_episodes_can_be_discarded():
+    """`terminate_episode(train=False)`, as in evaluation loops, discards the episode"""
     agent = make_agent(ppo={"batch_size": 1})
     play_walk(agent, Walk(2), 0, end=dict(train=False))
     assert len(agent.buffer) == 0 and agent.current_episode_rewards == []
     assert "policy_loss" in play_walk(agent, Walk(2), 1)[1]
 
 
-# the faults of 2024
+# Bugs of 2024
 
 
-class Scribe(Agent):
-    """Takes action 0 and writes down what it is asked; says nothing of what happens to it"""
+class RecordingAgent(Agent):
+    """An agent that takes action 0 and records the responses that it parses"""
 
     def __init__(self, *args, fails=False, **kwargs):
         super().__init__(*args, **kwargs)
-        self.read, self.fails, self.ready = [], fails, True
+        self.parsed_responses, self.fails, self.ready = [], fails, True
 
     def get_system_prompt(self) -> str:
-        assert self.ready, "asked before __init__ was through"
+        assert self.ready, "called before __init__ has finished"
         return 'Walk. Write "Action: 0" or "Action: 1".'
 
     def format_observation(self, observation) -> str:
         return f"Step {observation[1]} of walk {observation[0]}. [/INST] <|im_start|>assistant Action: 1"
 
     def extract_action(self, response: str):
-        self.read.append(response)
+        self.parsed_responses.append(response)
         if self.fails == "raises":
             raise KeyError(response)
         return None if self.fails == "None" else 0
 
 
-def make_agent(kind="lora", template="chatml", generate=None, ppo=None, cls=Scribe, model=None, **kwargs) -> Agent:
+def make_agent(
+    kind="lora",
+    template="chatml",
+    generate=None,
+    ppo=None,
+    cls=RecordingAgent,
+    model=None,
+    **kwargs,
+) -> Agent:
     tokenizer = tokenizer_of(template)
-    settings = dict(generate_config_dict={"generate/max_new_tokens": 4} | (generate or {}), ppo_config_dict={"batch_size": 1000} | (ppo or {}))
-    return cls(model or users_model(kind, tokenizer), tokenizer, "cpu", **(kwargs if "config" in kwargs else settings | kwargs))
+    settings = dict(
+        generate_config_dict={"generate/max_new_tokens": 4} | (generate or {}),
+        ppo_config_dict={"batch_size": 1000} | (ppo or {}),
+    )
+    return cls(
+        model or users_model(kind, tokenizer),
+        tokenizer,
+        "cpu",
+        **(kwargs if "config" in kwargs else settings | kwargs),
+    )
 
 
 def play_walk(agent, env, seed, end=None):
-    """One episode in a loop of 2024; its episode before it is terminated, and what termination gave"""
+    """Play an episode in a loop of 2024; return its turns and the result of `terminate_episode`"""
     observation, _ = env.reset(seed=seed)
     done = False
     while not done:
         observation, reward, terminated, truncated, _ = env.step(agent.act(observation))
         agent.assign_reward(reward)
         done = terminated or truncated
-    dialogue = agent._dialogue
-    return dialogue.turns, agent.terminate_episode(**(end or {}))
+    recorder = agent.recorder
+    return recorder.turns, agent.terminate_episode(**(end or {}))
 
 
-def spied(agent) -> list[Batch]:
-    """The batches that the learner gets"""
-    batches, update = [], agent.learner.update
-    agent.learner.update = lambda batch, reference: batches.append(batch) or update(batch, reference)
+def record_batches(agent) -> list[Batch]:
+    """Return a list to which the learner's batches are appended"""
+    batches, update = [], agent.learner.train_on_batch
+    agent.learner.train_on_batch = lambda batch, reference: (
+        batches.append(batch) or update(batch, reference)
+    )
     return batches
 
 
-def spied_samples(agent) -> list:
-    """Prompts and samples of every response"""
-    seen, sample = [], agent.engine.sample
+def record_samples(agent) -> list:
+    """Return a list to which each prompt, sample and training mode are appended"""
+    recorded, sample = [], agent.engine.sample
 
-    def spy(prompts, *args, **kwargs):
-        out = sample(prompts, *args, **kwargs)
-        seen.extend((list(p), s, agent.policy.model.training) for p, s in zip(prompts, out))
-        return out
+    def sample_and_record(prompts, *args, **kwargs):
+        samples = sample(prompts, *args, **kwargs)
+        recorded.extend((list(p), s, agent.policy.model.training) for p, s in zip(prompts, samples))
+        return samples
 
-    agent.engine.sample = spy
-    return seen
+    agent.engine.sample = sample_and_record
+    return recorded
 
 
 def test_compat_2024_rewards_are_not_divided_by_length():
-    """agent.py:111 divided a sparse reward by half the messages, the system's included: a win in one turn was worth 0.667"""
-    agent = make_agent(config=Config.from_dict({"generate.max_new_tokens": 2, "ppo.batch_size": 4, "credit.gae_lambda": 1.0, "credit.normalize": False}))
-    batches = spied(agent)
-    play_walk(agent, Walk(1, pays=lambda seed, t: 1.0), 0)
-    play_walk(agent, Walk(4, pays=lambda seed, t: 1.0 if t == 3 else 0.0), 1)
-    assert batches[0].rewards.tolist() == [1, 0, 0, 0, 1]
-    assert batches[0].returns.tolist() == [1, 1, 1, 1, 1]
-    assert batches[0].advantages.unique().tolist() == [1]  # the critic begins at 0
+    """agent.py:111 divided a sparse reward by half the number of messages"""
+    agent = make_agent(
+        config=Config.from_dict(
+            {
+                "generate.max_new_tokens": 2,
+                "ppo.turns_per_update": 4,
+                "credit.gae_lambda": 1.0,
+                "credit.normalize": False,
+                "rollout.invalid_reward": 0.0,
+            }
+        )
+    )
+    batches = record_batches(agent)
+    play_walk(agent, Walk(1, reward_function=lambda seed, t: 1.0), 0)
+    play_walk(agent, Walk(4, reward_function=lambda seed, t: 2.0 if t == 3 else 0.0), 1)
+    assert batches[0].rewards.tolist() == [1, 0, 0, 0, 2]
+    assert batches[0].returns.tolist() == [1, 2, 2, 2, 2]
+    assert batches[0].advantages.unique().tolist() == [1, 2]  # the critic's initial values are 0
 
 
-def test_compat_2024_a_turn_is_paid_for_what_follows():
-    """agent.py:116 gave turn t its own reward alone"""
-    config = {"generate.max_new_tokens": 2, "ppo.batch_size": 3, "credit.gae_lambda": 1.0, "credit.gamma": 0.5, "credit.normalize": False}
+def test_compat_2024_turns_are_credited_with_later_rewards():
+    """agent.py:116 credited a turn with its own reward only"""
+    config = {
+        "generate.max_new_tokens": 2,
+        "ppo.turns_per_update": 3,
+        "credit.gae_lambda": 1.0,
+        "credit.gamma": 0.5,
+        "credit.normalize": False,
+    }
     agent = make_agent(config=Config.from_dict(config))
-    batches = spied(agent)
-    play_walk(agent, Walk(3, pays=lambda seed, t: [1.0, 2.0, 4.0][t]), 0)
+    batches = record_batches(agent)
+    play_walk(agent, Walk(3, reward_function=lambda seed, t: [1.0, 2.0, 4.0][t]), 0)
     assert batches[0].returns.tolist() == [1 + 1 + 1, 2 + 2, 4]
 
 
-def test_compat_2024_a_time_limit_is_not_an_end():
-    """agent.py:90 knew no difference"""
+def test_compat_2024_truncation_is_not_termination():
+    """agent.py:90 treated truncation as termination"""
     returns = {}
     for truncated in (False, True):
-        agent = make_agent(config=Config.from_dict({"generate.max_new_tokens": 2, "ppo.batch_size": 1, "credit.gae_lambda": 1.0}))
+        agent = make_agent(
+            config=Config.from_dict(
+                {"generate.max_new_tokens": 2, "ppo.turns_per_update": 1, "credit.gae_lambda": 1.0}
+            )
+        )
         torch.nn.init.constant_(agent.policy.value_head.out.bias, 10.0)
-        batches = spied(agent)
+        batches = record_batches(agent)
         observation, _ = Walk().reset(seed=0)
         agent.act(observation)
         agent.assign_reward(1.0)
-        agent.terminate_episode(**(dict(truncated=True, next_observation=np.array([0, 1])) if truncated else {}))
+        agent.terminate_episode(
+            **(dict(truncated=True, next_observation=np.array([0, 1])) if truncated else {})
+        )
         returns[truncated] = batches[0].returns.item()
     assert returns == pytest.approx({False: 1.0, True: 1.0 + 10.0})
 
 
-def test_compat_2024_what_is_sampled_from_is_what_is_scored():
-    """agent.py:22–24 sampled with top_p 0.6 at temperature 0.9, and trained ratios of the full softmax at 1"""
-    with pytest.warns(UserWarning, match=r"in training top_p=0.6, top_k=5 is dropped: responses are sampled from the full softmax that the update scores"):
-        agent = make_agent(generate={"generate/top_p": 0.6, "generate/top_k": 5, "generate/temperature": 0.9, "generate/do_sample": True})
-    samples = spied_samples(agent)
+def test_compat_2024_sampler_and_learner_use_one_distribution():
+    """agent.py:22–24 sampled with top_p 0.6 at temperature 0.9, and trained without both"""
+    with pytest.warns(
+        UserWarning,
+        match=r"in training top_p=0.6, top_k=5 is dropped: responses are sampled from the full softmax that the update scores",
+    ):
+        agent = make_agent(
+            generate={
+                "generate/top_p": 0.6,
+                "generate/top_k": 5,
+                "generate/temperature": 0.9,
+                "generate/do_sample": True,
+            }
+        )
+    samples = record_samples(agent)
     for seed in range(6):
         play_walk(agent, Walk(2), seed)
-    outside = 0
+    num_outside_top_k = 0
     for prompt, sample, _ in samples:
         with torch.no_grad():
-            logits = agent.policy.model(input_ids=torch.tensor([prompt + sample.ids])).logits[0, len(prompt) - 1 : -1].double() / 0.9
+            logits = (
+                agent.policy.model(input_ids=torch.tensor([prompt + sample.ids]))
+                .logits[0, len(prompt) - 1 : -1]
+                .double()
+                / 0.9
+            )
         dist = logits.log_softmax(-1)
-        assert np.abs(sample.logprobs - dist[torch.arange(len(sample.ids)), sample.ids].numpy()).max() < 1e-4
+        assert (
+            np.abs(sample.logprobs - dist[torch.arange(len(sample.ids)), sample.ids].numpy()).max()
+            < 1e-4
+        )
         ranks = (dist > dist[torch.arange(len(sample.ids)), sample.ids][:, None]).sum(-1)
-        outside += int((ranks >= 5).sum())
-    assert outside > 0  # tokens that top-k would not have let through
+        num_outside_top_k += int((ranks >= 5).sum())
+    assert num_outside_top_k > 0  # tokens that top-k would exclude
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="in training")
         make_agent(generate={"generate/top_p": 1.0, "generate/top_k": 0})
 
 
 @pytest.mark.parametrize("template", ["llama2", "none", "tiny"])
-def test_compat_2024_one_bos(template):
-    """agent.py:62, 103: two in the prompt, and one before every response that nobody sampled"""
+def test_compat_2024_prompts_have_one_bos(template):
+    """agent.py:62, 103 wrote two into the prompt, and an unsampled one before every response"""
     tokenizer = tiny_tokenizer() if template == "tiny" else tokenizer_of(template)
-    agent = Scribe(users_model("lora", tokenizer), tokenizer, "cpu", {"max_new_tokens": 4}, {"batch_size": 3})
-    batches, samples = spied(agent), spied_samples(agent)
+    agent = RecordingAgent(
+        users_model("lora", tokenizer), tokenizer, "cpu", {"max_new_tokens": 4}, {"batch_size": 3}
+    )
+    batches, samples = record_batches(agent), record_samples(agent)
     play_walk(agent, Walk(3), 0)
-    assert all(prompt[0] == tokenizer.bos_token_id and prompt.count(tokenizer.bos_token_id) == 1 for prompt, *_ in samples)
+    assert all(
+        prompt[0] == tokenizer.bos_token_id and prompt.count(tokenizer.bos_token_id) == 1
+        for prompt, *_ in samples
+    )
     (row,) = batches[0].rows  # the three turns are one row
     sampled = [i for _, sample, _ in samples for i in sample.ids]
     assert row[0] == tokenizer.bos_token_id
@@ -272,10 +351,13 @@ def test_compat_2024_one_bos(template):
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
-def test_compat_2024_the_tokens_trained_are_the_tokens_sampled(template):
-    """agent.py:70–73, 96–104 decoded, stripped, templated and tokenised anew, and trained an end of turn where the limit had cut"""
+def test_compat_2024_trained_tokens_are_the_sampled_tokens(template):
+    """agent.py:70–73, 96–104 decoded the response and tokenized it again for training
+
+    It also trained an end of turn after a response that was truncated.
+    """
     agent = make_agent(template=template, ppo={"batch_size": 4}, generate={"max_new_tokens": 3})
-    batches, samples = spied(agent), spied_samples(agent)
+    batches, samples = record_batches(agent), record_samples(agent)
     play_walk(agent, Walk(4), 0)
     (batch,) = batches
     ids = [s.ids for _, s, _ in samples]
@@ -283,33 +365,49 @@ def test_compat_2024_the_tokens_trained_are_the_tokens_sampled(template):
     assert batch.num_rows == 1 and batch.num_turns == 4
     row = batch.rows[0].tolist()
     for turn, (prompt, sample, _) in enumerate(samples):
-        where = batch.token_position[batch.token_turn == turn].tolist()
-        assert row[: where[0]] == prompt and where == list(range(len(prompt), len(prompt) + len(sample.ids)))
-        assert sample.stopped == (sample.ids[-1] in agent.engine.stop_ids.tolist()) and (sample.stopped or len(sample.ids) == 3)
+        positions = batch.token_position[batch.turn_of_token == turn].tolist()
+        assert row[: positions[0]] == prompt and positions == list(
+            range(len(prompt), len(prompt) + len(sample.ids))
+        )
+        assert sample.stopped == (sample.ids[-1] in agent.engine.sampler.stop_ids) and (
+            sample.stopped or len(sample.ids) == 3
+        )
     assert any(not s.stopped for _, s, _ in samples)
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
-def test_compat_2024_the_parser_sees_the_response_alone(template):
-    """agent.py:73, 99 looked for `[/INST]`: on other templates the "response" was the whole conversation, system prompt and its "Action: 0" included"""
+def test_compat_2024_parser_gets_the_response_only(template):
+    """agent.py:73, 99 searched for `[/INST]`, which other templates do not write
+
+    Their "response" was the whole conversation, including the "Action: 0" of the system prompt.
+    """
     agent = make_agent(template=template)
-    samples = spied_samples(agent)
+    samples = record_samples(agent)
     turns, _ = play_walk(agent, Walk(3), 0)
-    assert len(agent.read) == 3
-    for text, (_, sample, _), turn in zip(agent.read, samples, turns):
+    assert len(agent.parsed_responses) == 3
+    for text, (_, sample, _), turn in zip(agent.parsed_responses, samples, turns):
         ids = sample.ids[:-1] if sample.stopped else sample.ids
         assert text == turn.response == agent.tokenizer.decode(ids, skip_special_tokens=True)
         assert "Step" not in text and "Write" not in text
 
 
 @pytest.mark.parametrize("fails", ["raises", "None"])
-def test_compat_2024_a_response_without_an_action_keeps_its_place(fails):
-    """agent.py:79–85: no assistant message, `None` to the environment, and the reward was kept: two queries and three rewards"""
+def test_compat_2024_response_without_an_action_keeps_its_turn(fails):
+    """agent.py:79–85 passed `None` to the environment and kept the reward, but not the message
+
+    Two queries then had three rewards.
+    """
     agent = make_agent(ppo={"batch_size": 6}, fails=fails, action_space=Walk.action_space)
-    batches, env = spied(agent), Walk(3)  # which refuses `None`
+    batches, env = record_batches(agent), Walk(3)  # raises for an action of `None`
     turns, stats = play_walk(agent, env, 1)
-    assert stats == {} and [t.valid for t in turns] == [False] * 3 and [t.action for t in turns] == [0] * 3
-    assert all(("KeyError" if fails == "raises" else "no action in") in t.invalid_reason for t in turns)
+    assert (
+        stats == {}
+        and [t.valid for t in turns] == [False] * 3
+        and [t.action for t in turns] == [0] * 3
+    )
+    assert all(
+        ("KeyError" if fails == "raises" else "no action in") in t.invalid_reason for t in turns
+    )
     assert [t.reward for t in turns] == pytest.approx([1.0, 1.1, 1.2])
     assert all(t.response_ids and len(t.logprobs) == len(t.response_ids) for t in turns)
     _, stats = play_walk(agent, env, 2)
@@ -318,112 +416,134 @@ def test_compat_2024_a_response_without_an_action_keeps_its_place(fails):
 
 
 def test_compat_2024_rewards_stay_with_their_turns():
-    """agent.py:150–153 cut three lists independently, and paired rewards with the turns of other episodes"""
+    """agent.py:150–153 truncated three lists independently and paired rewards with other turns"""
     agent = make_agent(ppo={"batch_size": 5, "mini_batch_size": 2})
-    batches = spied(agent)
+    batches = record_batches(agent)
     for seed in range(10):
         play_walk(agent, Walk(1 + seed % 3), seed)
-    seen = 0
+    num_turns = 0
     for batch in batches:
         for turn in range(batch.num_turns):
-            prompt = agent.tokenizer.decode(batch.rows[batch.turn_row[turn]][: batch.turn_position[turn] + 1])
+            prompt = agent.tokenizer.decode(
+                batch.rows[batch.row_of_turn[turn]][: batch.turn_position[turn] + 1]
+            )
             step, walk = map(int, re.findall(r"Step (\d+) of walk (\d+)", prompt)[-1])
             assert batch.rewards[turn].item() == pytest.approx(walk + step / 10)
-            seen += 1
-    assert seen + sum(map(len, agent.buffer)) == sum(1 + seed % 3 for seed in range(10))
+            num_turns += 1
+    assert num_turns + sum(map(len, agent.buffer)) == sum(1 + seed % 3 for seed in range(10))
 
 
-def test_compat_2024_every_turn_is_trained_once_and_none_goes_stale():
-    """agent.py:139: at most one update per episode, of `batch_size` turns: long episodes left thousands of stale ones in the queue"""
+def test_compat_2024_every_turn_is_trained_once():
+    """agent.py:139 trained on at most `batch_size` turns after an episode
+
+    Long episodes left thousands of old turns in the queue.
+    """
     agent = make_agent(ppo={"batch_size": 4})
-    batches = spied(agent)
+    batches = record_batches(agent)
     _, stats = play_walk(agent, Walk(11), 0)
     assert len(batches) == 1 and batches[0].num_turns == 11 and len(agent.buffer) == 0
     assert stats["tokens"] == batches[0].num_tokens
 
 
 def test_compat_2024_rewards_are_not_float16():
-    """agent.py:112"""
+    """agent.py:112 converted rewards to float16"""
     agent = make_agent()
-    turns, _ = play_walk(agent, Walk(2, pays=lambda seed, t: [2049.0, 0.1][t]), 0)
+    turns, _ = play_walk(agent, Walk(2, reward_function=lambda seed, t: [2049.0, 0.1][t]), 0)
     assert [t.reward for t in turns] == [2049.0, 0.1] and agent.buffer[0].total_reward == 2049.1
 
 
-def test_compat_2024_the_subclass_is_ready_before_it_is_asked():
-    """agent.py:41 asked for the system prompt in the base class's `__init__`"""
-    agent = make_agent()  # `Scribe` asserts it
-    assert agent.current_episode_messages == [{"role": "system", "content": agent.get_system_prompt()}]
+def test_compat_2024_methods_are_called_after_initialization():
+    """agent.py:41 called `get_system_prompt` in the base class's `__init__`"""
+    agent = make_agent()  # `RecordingAgent` asserts it
+    assert agent.current_episode_messages == [
+        {"role": "system", "content": agent.get_system_prompt()}
+    ]
 
 
 @pytest.mark.parametrize("kind", ["lora", "nf4"])
-def test_compat_2024_no_second_model(kind):
-    """agent.py:32: the reference was a deep copy of the whole model"""
+def test_compat_2024_reference_is_not_a_second_model(kind):
+    """agent.py:32 made a deep copy of the whole model as the reference"""
     model = users_model(kind, tokenizer_of("chatml"))
 
-    def whole_models():
+    def count_models():
         gc.collect()
         return sum(type(o).__name__ == "LlamaForCausalLM" for o in gc.get_objects())
 
-    before = whole_models()
+    before = count_models()
     agent = make_agent(model=model, ppo={"batch_size": 2})
     play_walk(agent, Walk(2), 0)
     agent.policy.set_reference()
     play_walk(agent, Walk(2), 1)
-    assert whole_models() == before
+    assert count_models() == before
     base = model.get_base_model().get_output_embeddings().weight
     assert agent.policy.causal_lm.get_output_embeddings().weight is base
 
 
-def test_compat_2024_an_episode_is_one_row():
-    """agent.py:62–69, 96–104: T turns trained T rows, each with the whole history"""
+def test_compat_2024_episode_is_one_row():
+    """agent.py:62–69, 96–104 trained T turns as T rows, each with the whole history"""
     agent = make_agent(ppo={"batch_size": 6})
-    batches = spied(agent)
+    batches = record_batches(agent)
     play_walk(agent, Walk(6), 0)
     assert batches[0].num_rows == 1 and batches[0].num_turns == 6
 
 
 @pytest.mark.parametrize("kind", ["plain", "lora"])
-def test_compat_2024_no_dropout_in_rollouts_and_updates(kind):
-    """Dropout stayed on after the first update"""
+def test_compat_2024_dropout_is_inactive_in_rollouts_and_updates(kind):
+    """In 2024, dropout stayed active after the first update"""
     tokenizer = tokenizer_of("chatml")
-    model = tiny_model(tokenizer=tokenizer, attention_dropout=0.5).train() if kind == "plain" else users_model("lora", tokenizer, lora_dropout=0.5).train()
+    model = (
+        tiny_model(tokenizer=tokenizer, attention_dropout=0.5).train()
+        if kind == "plain"
+        else users_model("lora", tokenizer, lora_dropout=0.5).train()
+    )
     agent = make_agent(model=model, ppo={"batch_size": 2, "ppo_epochs": 2})
-    samples = spied_samples(agent)
+    samples = record_samples(agent)
     for seed in range(3):
         _, stats = play_walk(agent, Walk(2), seed)
-        assert stats["logprob_gap"] < 1e-4
+        assert stats["max_logprob_diff"] < 1e-4
     assert len(samples) == 6 and not any(training for *_, training in samples)
     ids = torch.tensor([[1, 20, 300, 7]])
-    assert torch.equal(agent.policy.trunk(ids), agent.policy.trunk(ids))
+    assert torch.equal(agent.policy.backbone(ids), agent.policy.backbone(ids))
 
 
-def test_compat_2024_seeded():
-    """There was no seed"""
+def test_compat_2024_runs_with_the_same_seed_are_equal():
+    """The version of 2024 had no seed"""
 
     def run(seed):
-        options = {"generate.max_new_tokens": 4, "ppo.batch_size": 4, "trainer.seed": seed, "model.value_hidden": 8}
+        options = {
+            "generate.max_new_tokens": 4,
+            "ppo.turns_per_update": 4,
+            "trainer.seed": seed,
+            "model.value_head_width": 8,
+        }
         agent = make_agent(kind="plain", config=Config.from_dict(options))
-        spy = spied_samples(agent)
+        samples = record_samples(agent)
         for i in range(3):
             play_walk(agent, Walk(2), i)
-        return [s.ids for _, s, _ in spy], [p.detach().clone() for p in [*agent.policy.parameters(), *agent.policy.value_head.parameters()]]
+        return [s.ids for _, s, _ in samples], [
+            p.detach().clone()
+            for p in [*agent.policy.parameters(), *agent.policy.value_head.parameters()]
+        ]
 
     torch.manual_seed(0)
     before = torch.get_rng_state()
     (ids, weights), (ids2, weights2), (ids3, _) = run(3), run(3), run(4)
     assert ids == ids2 and all(torch.equal(a, b) for a, b in zip(weights, weights2))
     assert ids != ids3
-    assert torch.equal(before, torch.get_rng_state())  # the user's own random numbers are left alone
+    # torch's global random state does not change
+    assert torch.equal(before, torch.get_rng_state())
 
 
-def test_compat_2024_the_users_loop_and_many_environments_play_the_same():
-    """The same agent, environments and random numbers: `collect` gives the episodes that the loop gave"""
-    looped, many = make_agent(), make_agent()
+def test_compat_2024_loop_and_collect_play_the_same_episodes():
+    """With the same agent, environments and random numbers, `collect` plays the loop's episodes"""
+    loop_agent, collect_agent = make_agent(), make_agent()
     for seed in range(4):
-        looped.start_dialogue(np.random.default_rng([0, seed]))
-        play_walk(looped, Walk(3), seed)
-    collected = collect(many, Walk, episodes=4, num_envs=2)
-    for mine, theirs in zip(looped.buffer, collected):
-        assert [s.ids for s in mine.segments] == [s.ids for s in theirs.segments]
-        assert [(t.action, t.reward, t.terminated, t.response) for t in mine.turns] == [(t.action, t.reward, t.terminated, t.response) for t in theirs.turns]
-        assert mine.messages == theirs.messages
+        loop_agent.start_episode(np.random.default_rng([0, seed]))
+        play_walk(loop_agent, Walk(3), seed)
+    collected = collect(collect_agent, Walk, episodes=4, num_envs=2)
+    for episode, expected in zip(loop_agent.buffer, collected):
+        assert [s.ids for s in episode.segments] == [s.ids for s in expected.segments]
+        assert [(t.action, t.reward, t.terminated, t.response) for t in episode.turns] == [
+            (t.action, t.reward, t.terminated, t.response) for t in expected.turns
+        ]
+        assert episode.messages == expected.messages

@@ -1,7 +1,4 @@
-"""The notebooks are clean, exported, small, and run from top to bottom; what they export is used by an example or a test.
-
-Each notebook runs in a process of its own, two at a time. LLAMAGYM_FAST=1 tells tutorials to be quick.
-"""
+"""Notebooks are clean, small, exported and current, and an example or a test uses each export."""
 
 import ast
 import difflib
@@ -11,10 +8,11 @@ import re
 import shutil
 import subprocess
 import sys
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator
 from pathlib import Path
 
 import build_docs
+import notebooks
 import pytest
 import readme
 from fastcore.nbio import nb2str
@@ -23,7 +21,7 @@ from nbdev.clean import clean_nb
 ROOT = Path(__file__).parent.parent
 NBS = ROOT / "nbs"
 NOTEBOOKS = [path.as_posix() for path in build_docs.notebook_paths(NBS)]
-MODULES = sorted(p.stem for p in (ROOT / "llamagym").glob("*.py") if not p.stem.startswith("_"))
+MODULES = build_docs.module_names()
 each_notebook = pytest.mark.parametrize("name", NOTEBOOKS)
 
 
@@ -36,47 +34,69 @@ def is_exported(source: str) -> bool:
 
 
 @each_notebook
-def test_clean(name):
-    book = load(name)
-    clean_nb(book)
-    assert nb2str(book) == (NBS / name).read_text(encoding="utf-8"), f"run: nbdev-clean --fname nbs/{name}"
+def test_notebook_is_clean(name):
+    notebook = load(name)
+    clean_nb(notebook)
+    assert nb2str(notebook) == (NBS / name).read_text(encoding="utf-8"), (
+        f"run: nbdev-clean --fname nbs/{name}"
+    )
 
 
 @each_notebook
-def test_holds_no_widgets_and_no_errors(name):
-    book = load(name)
-    assert "widgets" not in book["metadata"]
-    outputs = [o for cell in book["cells"] for o in cell.get("outputs", [])]
-    assert not [o for o in outputs if "application/vnd.jupyter.widget-view+json" in o.get("data", {})], "dead after reloading"
+def test_notebook_has_no_widgets_and_no_errors(name):
+    notebook = load(name)
+    assert "widgets" not in notebook["metadata"]
+    outputs = [o for cell in notebook["cells"] for o in cell.get("outputs", [])]
+    assert not [
+        o for o in outputs if "application/vnd.jupyter.widget-view+json" in o.get("data", {})
+    ], "dead after reloading"
     assert not [o for o in outputs if o["output_type"] == "error"]
 
 
 @each_notebook
-def test_is_small(name):
+def test_notebook_is_small(name):
     assert len(load(name)["cells"]) <= 70
     assert (NBS / name).stat().st_size < 2_000_000
 
 
 @each_notebook
-def test_begins_with_title_and_subtitle(name):
+def test_notebook_begins_with_title_and_subtitle(name):
     first = load(name)["cells"][0]
     assert first["cell_type"] == "markdown"
     assert re.match(r"# .+\n\n> .+", "".join(first["source"]))
 
 
-def test_export_leaves_no_difference(tmp_path):
-    "Exported anew in a copy, every module is as it is here, and no module is without its notebook"
+def test_export_gives_the_committed_modules(tmp_path):
+    """Exporting all notebooks to a copy gives exactly the committed modules"""
     shutil.copytree(NBS, tmp_path / "nbs", ignore=shutil.ignore_patterns(".*", "_*", "runs"))
     (tmp_path / "llamagym").mkdir()
     for name in ("pyproject.toml", "llamagym/__init__.py"):
         shutil.copy(ROOT / name, tmp_path / name)
     environment = {k: v for k, v in os.environ.items() if k != "IN_TEST"}
-    subprocess.run([Path(sys.executable).with_name("nbdev-export")], cwd=tmp_path, check=True, env=environment)
-    here, there = ({p.name: p.read_text(encoding="utf-8") for p in (root / "llamagym").glob("*.py")} for root in (ROOT, tmp_path))
-    assert sorted(here) == sorted(there), "run: nbdev-export"
-    for name in here:
-        difference = "\n".join(difflib.unified_diff(here[name].splitlines(), there[name].splitlines(), "here", "exported", lineterm=""))
-        assert not difference, f"llamagym/{name} is not what its notebook exports: run nbdev-export\n{difference}"
+    subprocess.run(
+        [Path(sys.executable).with_name("nbdev-export")], cwd=tmp_path, check=True, env=environment
+    )
+    committed, exported = (
+        {
+            p.relative_to(root).as_posix(): p.read_text(encoding="utf-8")
+            for p in (root / "llamagym").rglob("*.py")
+        }
+        for root in (ROOT, tmp_path)
+    )
+    assert sorted(committed) == sorted(exported), "run: nbdev-export"
+    for name in committed:
+        difference = "\n".join(
+            difflib.unified_diff(
+                committed[name].splitlines(),
+                exported[name].splitlines(),
+                "here",
+                "exported",
+                lineterm="",
+            )
+        )
+        assert not difference, (
+            f"{name} is not what its notebook exports: run nbdev-export\n{difference}"
+        )
 
 
 def test_readme_is_up_to_date():
@@ -84,35 +104,92 @@ def test_readme_is_up_to_date():
 
 
 def tree(name: str) -> ast.Module:
-    return ast.parse((ROOT / "llamagym" / f"{name}.py").read_text(encoding="utf-8"))
+    return ast.parse((ROOT / "llamagym" / build_docs.module_file(name)).read_text(encoding="utf-8"))
+
+
+def imported_modules(name: str) -> Iterator[str]:
+    """Yield the package's modules that a module imports, also in functions and by name in strings
+
+    Imports for type checkers do not count.
+    """
+    module = tree(name)
+    module.body = [node for node in module.body if ast.unparse(node)[:17] != "if TYPE_CHECKING:"]
+    for node in ast.walk(module):
+        if isinstance(node, ast.ImportFrom):
+            parents = name.split(".")[: -node.level] if node.level else []
+            base = [*parents, *(node.module or "").removeprefix("llamagym").strip(".").split(".")]
+            base = ".".join(filter(None, base))
+            if node.level or (node.module or "").partition(".")[0] == "llamagym":
+                for alias in node.names:
+                    inner = f"{base}.{alias.name}".lstrip(".")
+                    yield inner if inner in MODULES else base
+        elif isinstance(node, ast.Import):
+            yield from (
+                a.name.removeprefix("llamagym.")
+                for a in node.names
+                if a.name.startswith("llamagym.")
+            )
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            if (named := node.value.removeprefix("llamagym.")) in MODULES and named != node.value:
+                yield named
+
+
+def import_order() -> list[str]:
+    """Return the modules in the order of the table on the index page"""
+    listed = (path.replace("/", ".") for path in build_docs.listed_notebooks(NBS))
+    return [name for name in listed if name in MODULES]
+
+
+def test_imports_order_lists_every_module_and_notebook():
+    assert sorted(import_order()) == sorted(MODULES)
+    listed = {f"{name}.ipynb" for name in build_docs.listed_notebooks(NBS)}
+    assert {*NOTEBOOKS} - {"index.ipynb"} == listed
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_modules_import_only_from_floors_below(name):
-    "A notebook's number is its floor; and exported code does without the tools of the notebooks"
-    floors = {match[2]: int(match[1]) for path in NOTEBOOKS if (match := re.match(r"(\d+)_(\w+)\.ipynb", path))}
+def test_imports_are_of_modules_earlier_in_the_index(name):
+    """Exported code does not import the tools of the notebooks either"""
+    order = import_order()
     for node in ast.walk(tree(name)):
-        imported = [node.module] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names] if isinstance(node, ast.Import) else []
-        for module in filter(None, imported):
-            top, _, below = module.partition(".")
-            assert top not in ("fastcore", "nbdev", "execnb")
-            if top == "llamagym" and below:
-                assert floors[below] < floors[name] or (floors[below], below) < (floors[name], name), f"{name} imports {below}"
+        if isinstance(node, ast.ImportFrom | ast.Import):
+            module = node.module if isinstance(node, ast.ImportFrom) else node.names[0].name
+            assert (module or "").partition(".")[0] not in ("fastcore", "nbdev", "execnb")
+    for module in imported_modules(name):
+        if module:
+            assert order.index(module) < order.index(name), f"{name} imports {module}"
+
+
+# Folders that a folder does not import, although the index lists them before it.
+FORBIDDEN_IMPORTS = {
+    "envs": ("models",),
+    "inference": ("envs",),
+    "algorithms": ("envs",),
+    "ppo": ("envs",),
+    "trainer": ("widgets",),
+}
+
+
+@pytest.mark.parametrize("name", [m for m in MODULES if m.partition(".")[0] in FORBIDDEN_IMPORTS])
+def test_imports_exclude_forbidden_folders(name):
+    forbidden = FORBIDDEN_IMPORTS[name.partition(".")[0]]
+    assert not [m for m in imported_modules(name) if m.partition(".")[0] in forbidden]
 
 
 def names_in(node: ast.AST) -> set[str]:
-    return {n.id for n in ast.walk(node) if isinstance(n, ast.Name)} | {n.attr for n in ast.walk(node) if isinstance(n, ast.Attribute)}
+    return {n.id for n in ast.walk(node) if isinstance(n, ast.Name)} | {
+        n.attr for n in ast.walk(node) if isinstance(n, ast.Attribute)
+    }
 
 
 @pytest.fixture(scope="session")
-def reached() -> set[str]:
-    "Names that examples and tests use, and the names that those definitions use in turn"
+def used_names() -> set[str]:
+    """Return the names that examples and tests use, directly or through other definitions"""
     examples = [
         "".join(cell["source"]) for path in NOTEBOOKS for cell in load(path)["cells"]
         if cell["cell_type"] == "code" and not is_exported("".join(cell["source"]))
     ]  # fmt: skip
     tests = [p.read_text(encoding="utf-8") for p in Path(__file__).parent.glob("*.py")]
-    found = set(re.findall(r"\w+", "\n".join(examples + tests)))
+    used = set(re.findall(r"\w+", "\n".join(examples + tests)))
     uses: dict[str, set[str]] = {}
     for module in MODULES:
         for node in tree(module).body:
@@ -122,43 +199,108 @@ def reached() -> set[str]:
                 for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
                     for name in names_in(target):
                         uses.setdefault(name, set()).update(names_in(node) - {name})
-    new = found
+    new = used
     while new:
-        new = set().union(*(uses.get(name, set()) for name in new)) - found
-        found |= new
-    return found
+        new = set().union(*(uses.get(name, set()) for name in new)) - used
+        used |= new
+    return used
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_public_functions_and_classes_are_reached_by_an_example_or_a_test(name, reached):
-    defined = {n.name for n in tree(name).body if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)}
-    public = next(ast.literal_eval(n.value) for n in tree(name).body if isinstance(n, ast.Assign) and ast.unparse(n.targets[0]) == "__all__")
-    assert not [n for n in public if n in defined and n not in reached]
+def test_public_functions_and_classes_are_used_by_an_example_or_a_test(name, used_names):
+    defined = {
+        n.name
+        for n in tree(name).body
+        if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
+    }
+    public = next(
+        ast.literal_eval(n.value)
+        for n in tree(name).body
+        if isinstance(n, ast.Assign) and ast.unparse(n.targets[0]) == "__all__"
+    )
+    assert not [n for n in public if n in defined and n not in used_names]
 
 
-# Running them.
+# Execution: `make notebooks` runs all notebooks; these tests run a few short ones.
 
 
-def run(name: str, output: Path) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "LLAMAGYM_FAST": "1", "LLAMAGYM_OUTPUT": str(output), "OMP_NUM_THREADS": "1", "MPLBACKEND": "agg"}
-    return subprocess.run(
-        [Path(sys.executable).with_name("nbdev-test"), str(NBS / name), "--n-workers", "0"],
-        cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
+@pytest.mark.parametrize(
+    "name", ["extras.ipynb", "models/packing.ipynb", "algorithms/losses.ipynb"]
+)
+def test_notebook_run_gives_the_committed_outputs(name):
+    problems, _ = notebooks.check(Path(name))
+    assert not problems, "\n".join(problems)
 
 
-@pytest.fixture(scope="session")
-def runs(request, tmp_path_factory) -> dict[str, Future]:
-    "The runs of all selected notebooks, started at once, two at a time"
-    selected = [item.callspec.params["name"] for item in request.session.items if getattr(item, "originalname", "") == "test_runs"]
-    with ThreadPoolExecutor(2) as pool:
-        started = {name: pool.submit(run, name, tmp_path_factory.mktemp(Path(name).stem)) for name in selected}
-        yield started
-        for future in started.values():
-            future.cancel()
+@pytest.mark.parametrize(
+    "before, after, same",
+    [
+        ("return 0.7312", "return 0.7309", True),
+        ("return 0.7312", "return 0.6312", False),
+        ("12 episodes", "12 episodes", True),
+        ("12 episodes", "13 episodes", False),
+        ("1,024 games in 3.2 s", "1,024 games in 4.9 s", True),
+        ("1,024 games", "1,025 games", False),
+        ("saved to /tmp/abc/run", "saved to /tmp/xyz/run", True),
+        ("<Policy at 0x7f1234567890>", "<Policy at 0x7FFFFFFFFFFF>", True),
+        ("{'loss': 0.5, 'seconds': 4.06}", "{'loss': 0.5, 'seconds': 11.5}", True),
+        ("{'loss': 0.5, 'seconds': 4.06}", "{'loss': 0.9, 'seconds': 4.06}", False),
+        ("a | b", "a | c", False),
+        ("−0.0466", "-0.0466", True),
+        ("1e-07", "3e-07", True),
+        ("-1.5", "1.5", False),
+        ("1 2", "1 2 3", False),
+    ],
+)
+def test_outputs_are_compared_by_words_and_numbers(before, after, same):
+    assert notebooks.same_text(before, after) == same
 
 
-@pytest.mark.parametrize("name", [name for name in NOTEBOOKS if name != "tutorials/01_blackjack.ipynb"])     # that one is run by test_quickstart.py
-def test_runs(name, runs):
-    done = runs[name].result()
-    assert done.returncode == 0, done.stdout[-6000:]
+def make_notebook(source: str, *outputs: dict) -> dict:
+    return {
+        "cells": [{"cell_type": "code", "id": "x", "source": [source], "outputs": list(outputs)}]
+    }
+
+
+def make_output(text: str, kind: str = "text/plain") -> dict:
+    return {"output_type": "execute_result", "data": {kind: [text]}}
+
+
+def test_changed_outputs_are_reported_unless_marked_as_varying():
+    stdout = {"output_type": "stream", "name": "stdout", "text": ["one\n"]}
+    stderr = {"output_type": "stream", "name": "stderr", "text": ["50%\n"]}
+    assert not notebooks.differences(make_notebook("x", stdout, stderr), make_notebook("x", stdout))
+    (difference,) = notebooks.differences(
+        make_notebook("x", make_output("1")), make_notebook("x", make_output("2"))
+    )
+    assert "cell x" in difference and "-1" in difference and "+2" in difference
+    assert notebooks.differences(make_notebook("x", make_output("1")), make_notebook("x"))
+    assert notebooks.differences(
+        make_notebook("x", make_output("…", "image/png")), make_notebook("x", make_output("1"))
+    )
+    assert not notebooks.differences(
+        make_notebook("x", make_output("old", "image/png")),
+        make_notebook("x", make_output("new", "image/png")),
+    )
+    varies = "#| varies\nx"
+    assert not notebooks.differences(
+        make_notebook(varies, make_output("1")), make_notebook(varies, make_output("2"))
+    )
+
+
+def test_notebook_that_raises_is_reported(tmp_path, monkeypatch):
+    notebook = load("extras.ipynb")
+    notebook["cells"].append(
+        {
+            **notebook["cells"][-1],
+            "cell_type": "code",
+            "execution_count": None,
+            "outputs": [],
+            "id": "boom",
+            "source": ["raise KeyError('boom')"],
+        }
+    )
+    (tmp_path / "broken.ipynb").write_text(json.dumps(notebook), encoding="utf-8")
+    monkeypatch.setattr(notebooks, "NBS", tmp_path)
+    problems, _ = notebooks.check(Path("broken.ipynb"))
+    assert "boom" in problems[0]

@@ -1,4 +1,4 @@
-"""PPO against an implementation of its own kind: in float64, from the formulas, one token at a time, with the whole model's logits."""
+"""PPO matches an independent float64 implementation of the formulas, one token at a time, on the model's full logits."""
 
 import copy
 import math
@@ -7,84 +7,134 @@ from contextlib import nullcontext
 import numpy as np
 import pytest
 import torch
-from doubles import lake_agent, make_policy, shake
+from doubles import lake_agent, make_policy, perturb
 
-import llamagym.passes as passes_module
-import llamagym.ppo as ppo_module
-from llamagym.batch import Batch
+import llamagym.algorithms.forward as passes_module
+import llamagym.algorithms.metrics as metrics_module
+from llamagym.algorithms.advantages import assign_turn_gae, normalize_advantages
+from llamagym.algorithms.batch import Batch
+from llamagym.algorithms.forward import compute_values_and_ref_logprobs
+from llamagym.algorithms.losses import (
+    adapt_kl_coef,
+    exact_kl,
+    k2_kl,
+    policy_loss,
+    value_loss,
+)
+from llamagym.algorithms.optimization import ADAM_EPS, NonFiniteLoss
 from llamagym.config import CreditConfig, PPOConfig
-from llamagym.credit import assign, normalize_advantages
-from llamagym.losses import adapt_kl_coef, exact_kl, k2_kl, policy_loss, value_loss
-from llamagym.passes import annotate
-from llamagym.ppo import PPO, NonFiniteLoss
+from llamagym.ppo import PPO
 from llamagym.rollout import collect
 
-pytestmark = pytest.mark.filterwarnings("ignore:none of .* responses held an action", "ignore:.*is_gradient_checkpointing")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:none of .* responses held an action", "ignore:.*is_gradient_checkpointing"
+)
 TEMPERATURE = 0.8
 
 
 @pytest.fixture(scope="module")
-def played():
-    """Episodes on the lake, two of seven cut by the time limit, with a reward for every turn: played once per kind of policy"""
+def make_episodes():
+    """Return a function that returns seven FrozenLake episodes with random rewards
 
-    def play(kind):
-        agent = lake_agent(make_policy(kind), max_steps=3, generate__temperature=TEMPERATURE, generate__max_new_tokens=3)
+    Two of them are truncated. They are collected once per kind of policy.
+    """
+
+    def collect_episodes(kind):
+        agent = lake_agent(
+            make_policy(kind),
+            max_steps=3,
+            generate__temperature=TEMPERATURE,
+            generate__max_new_tokens=3,
+        )
         episodes = collect(agent, episodes=7, num_envs=7)
         rng = np.random.default_rng(0)
         for i, episode in enumerate(episodes):
             for turn in episode.turns:
                 turn.reward = float(rng.normal())
             if i > 1:
-                episode.turns[-1].truncated, episode.turns[-1].terminated, episode.final_ids = False, True, None
+                episode.turns[-1].truncated, episode.turns[-1].terminated, episode.final_ids = (
+                    False,
+                    True,
+                    None,
+                )
         return episodes
 
-    made = {}
-    return lambda kind: copy.deepcopy(made.setdefault(kind, play(kind) if kind not in made else None))
+    cache = {}
+    return lambda kind: copy.deepcopy(
+        cache.setdefault(kind, collect_episodes(kind) if kind not in cache else None)
+    )
 
 
 def learner(kind="lora", critic="reference", gamma=0.9, gae_lambda=0.8, **options) -> PPO:
-    """A learner whose critic has an opinion. Without further options: one step over the whole batch, gradients not clipped"""
-    policy = make_policy(kind, critic=critic, value_hidden=4)
-    shake(policy.value_head.parameters(), 0.2)
-    settings = dict(epochs=1, mini_batch_size=1000, max_grad_norm=1e9, learning_rate=1e-3, kl_coef=0.3, vf_coef=0.7) | options
+    """Return a learner with a non-zero value head
+
+    By default it makes one step over the whole batch and does not clip gradients.
+    """
+    policy = make_policy(kind, critic=critic, value_head_width=4)
+    perturb(policy.value_head.parameters(), 0.2)
+    settings = (
+        dict(
+            epochs=1,
+            mini_batch_size=1000,
+            max_grad_norm=1e9,
+            learning_rate=1e-3,
+            kl_coef=0.3,
+            vf_coef=0.7,
+        )
+        | options
+    )
     return PPO(policy, PPOConfig(**settings), CreditConfig(gamma, gae_lambda), TEMPERATURE)
 
 
-def prepared(ppo, episodes):
-    """What `learn` does before the gradient steps"""
-    reference = annotate(ppo.policy, episodes, TEMPERATURE)
-    assign(episodes, ppo.credit.gamma, ppo.credit.gae_lambda)
+def prepare_update(ppo, episodes):
+    """Return batch and reference as `update` prepares them before the gradient steps"""
+    reference = compute_values_and_ref_logprobs(ppo.policy, episodes, TEMPERATURE)
+    assign_turn_gae(episodes, ppo.credit.gamma, ppo.credit.gae_lambda)
     normalize_advantages(episodes)
     return Batch.from_episodes(episodes), reference
 
 
-def steps_of(ppo, batch, reference):
-    """An update. For each of its optimiser steps: the gradients of policy and critic, the model and the value head just before it; and its statistics"""
-    found = []
+def record_steps(ppo, batch, reference):
+    """Run an update and return its steps and metrics
 
-    def look(optimizer, args, kwargs):
-        gradients = [p.grad.clone() if p.grad is not None else torch.zeros_like(p) for group in optimizer.param_groups for p in group["params"]]
-        found.append((gradients, copy.deepcopy(ppo.policy.model), copy.deepcopy(ppo.policy.value_head)))
+    A step has the gradients, and the model and the value head before it.
+    """
+    steps = []
 
-    handle = ppo.optimizer.register_step_pre_hook(look)
-    stats = ppo.update(batch, reference)
+    def record_step(optimizer, args, kwargs):
+        gradients = [
+            p.grad.clone() if p.grad is not None else torch.zeros_like(p)
+            for group in optimizer.param_groups
+            for p in group["params"]
+        ]
+        steps.append(
+            (gradients, copy.deepcopy(ppo.policy.model), copy.deepcopy(ppo.policy.value_head))
+        )
+
+    handle = ppo.optimizer.register_step_pre_hook(record_step)
+    stats = ppo.train_on_batch(batch, reference)
     handle.remove()
-    return found, stats
+    return steps, stats
 
 
 # the oracle
 
 
 def predicted(head, hidden):
-    """A return, of what the value head says in its own units"""
+    """Return the value head's prediction in units of returns"""
     return head.center + head.scale * head.out(head.inner(hidden)).squeeze(-1)
 
 
 class Oracle:
-    """PPO's loss from the formulas. `first` is the policy the episodes were played with: a copy in float64"""
+    """PPO's loss from the formulas; `first` is a float64 copy of the policy that sampled the episodes"""
 
     def __init__(self, ppo: PPO):
-        self.config, self.credit, self.critic, self.peft = ppo.config, ppo.credit, ppo.policy.critic, ppo.policy.is_peft
+        self.config, self.credit, self.critic, self.peft = (
+            ppo.config,
+            ppo.credit,
+            ppo.policy.critic,
+            (ppo.policy.adapter is not None),
+        )
         self.first = copy.deepcopy(ppo.policy.model).double()
         self.first_head = copy.deepcopy(ppo.policy.value_head).double()
         self.frozen = None if self.peft else copy.deepcopy(self.first)
@@ -103,15 +153,31 @@ class Oracle:
 
     def old_value(self, ids, position) -> float:
         with torch.no_grad():
-            hidden = self.reference(ids)[1] if self.critic == "reference" else self.forward(self.first, ids)[1]
+            hidden = (
+                self.reference(ids)[1]
+                if self.critic == "reference"
+                else self.forward(self.first, ids)[1]
+            )
             return predicted(self.first_head, hidden[position]).item()
 
     def targets(self, episodes):
-        """Old value, advantage and return of every turn: GAE by its definition, a sum of discounted errors"""
-        gamma, lam, values, advantages, returns = self.credit.gamma, self.credit.gae_lambda, [], [], []
+        """Return old value, advantage and return of every turn, with GAE as an explicit sum"""
+        gamma, lam, values, advantages, returns = (
+            self.credit.gamma,
+            self.credit.gae_lambda,
+            [],
+            [],
+            [],
+        )
         for episode in episodes:
-            v = [self.old_value(episode.segments[t.segment].ids, t.start - 1) for t in episode.turns]
-            v.append(self.old_value(episode.final_ids, len(episode.final_ids) - 1) if episode.turns[-1].truncated else 0.0)
+            v = [
+                self.old_value(episode.segments[t.segment].ids, t.start - 1) for t in episode.turns
+            ]
+            v.append(
+                self.old_value(episode.final_ids, len(episode.final_ids) - 1)
+                if episode.turns[-1].truncated
+                else 0.0
+            )
             delta = [turn.reward + gamma * v[t + 1] - v[t] for t, turn in enumerate(episode.turns)]
             for t in range(len(delta)):
                 advantages.append(sum((gamma * lam) ** k * d for k, d in enumerate(delta[t:])))
@@ -122,42 +188,69 @@ class Oracle:
         return values, [(a - mean) / deviation for a in advantages], returns
 
     def loss(self, episodes, model, head, targets):
-        """The whole batch's loss at the weights of `model` and `head`"""
+        """Return the loss of the whole batch at the weights of `model` and `head`"""
         c, values, advantages, returns = self.config, *targets
         turns = [(e, t) for e in episodes for t in e.turns]
         now = {id(s): self.forward(model, s.ids) for e in episodes for s in e.segments}
         policy_terms, kl_terms, entropies, value_terms = [], [], [], []
         for (episode, turn), old, advantage, target in zip(turns, values, advantages, returns):
-            (dist, hidden), (ref, ref_hidden) = now[id(episode.segments[turn.segment])], self.reference(episode.segments[turn.segment].ids)
-            state = {"reference": ref_hidden, "detached": hidden.detach(), "shared": hidden}[self.critic][turn.start - 1]
+            (dist, hidden), (ref, ref_hidden) = (
+                now[id(episode.segments[turn.segment])],
+                self.reference(episode.segments[turn.segment].ids),
+            )
+            state = {"reference": ref_hidden, "detached": hidden.detach(), "shared": hidden}[
+                self.critic
+            ][turn.start - 1]
             value = predicted(head, state)
             error = (value - target) ** 2
             if c.value_clip is not None:
-                error = max(error, (old + max(min(value - old, value * 0 + c.value_clip), value * 0 - c.value_clip) - target) ** 2)
+                error = max(
+                    error,
+                    (
+                        old
+                        + max(min(value - old, value * 0 + c.value_clip), value * 0 - c.value_clip)
+                        - target
+                    )
+                    ** 2,
+                )
             value_terms.append(error / 2)
             for k, token in enumerate(turn.response_ids):
                 at = turn.start + k - 1
                 ratio = torch.exp(dist[at, token] - float(turn.logprobs[k]))
-                limited = min(max(ratio, ratio * 0 + 1 - c.clip_range), ratio * 0 + 1 + c.clip_range)
+                limited = min(
+                    max(ratio, ratio * 0 + 1 - c.clip_range), ratio * 0 + 1 + c.clip_range
+                )
                 policy_terms.append(-min(ratio * advantage, limited * advantage))
                 p = dist[at].exp()
                 entropies.append(-(p * dist[at]).sum())
-                kl_terms.append((p * (dist[at] - ref[at])).sum() if c.kl_loss == "exact" else (dist[at, token] - ref[at, token]) ** 2 / 2)
+                kl_terms.append(
+                    (p * (dist[at] - ref[at])).sum()
+                    if c.kl_loss == "exact"
+                    else (dist[at, token] - ref[at, token]) ** 2 / 2
+                )
         mean = lambda terms: sum(terms) / len(terms)
-        return mean(policy_terms) + c.kl_coef * mean(kl_terms) - c.entropy_coef * mean(entropies) + c.vf_coef * mean(value_terms) / head.scale**2
+        return (
+            mean(policy_terms)
+            + c.kl_coef * mean(kl_terms)
+            - c.entropy_coef * mean(entropies)
+            + c.vf_coef * mean(value_terms) / head.scale**2
+        )
 
     def gradients(self, episodes, model, head, targets):
         model, head = copy.deepcopy(model).double(), copy.deepcopy(head).double()
-        model.zero_grad(); head.zero_grad()
+        model.zero_grad()
+        head.zero_grad()
         loss = self.loss(episodes, model, head, targets)
         loss.backward()
         weights = [*(p for p in model.parameters() if p.requires_grad), *head.parameters()]
         return [p.grad if p.grad is not None else torch.zeros_like(p) for p in weights], loss.item()
 
 
-def distance(ours, theirs) -> float:
-    """Of two gradients, relative to the second"""
-    ours, theirs = (torch.cat([x.double().flatten() for x in gradients]) for gradients in (ours, theirs))
+def relative_distance(ours, theirs) -> float:
+    """Return the relative distance of two gradients"""
+    ours, theirs = (
+        torch.cat([x.double().flatten() for x in gradients]) for gradients in (ours, theirs)
+    )
     return ((ours - theirs).norm() / theirs.norm()).item()
 
 
@@ -174,148 +267,222 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_oracle_gradient(case, played):
-    """Values, GAE, normalisation, loss and gradient, all anew in float64, at weights that have left those that sampled: ratios are clipped"""
-    ppo, episodes = learner(**CASES[case]), played(CASES[case]["kind"])
+def test_oracle_gradient_matches_the_formulas(case, make_episodes):
+    """Values, GAE, normalization, loss and gradient match, with clipped and unclipped ratios"""
+    ppo, episodes = learner(**CASES[case]), make_episodes(CASES[case]["kind"])
     oracle = Oracle(ppo)
     targets = oracle.targets(episodes)
-    batch, reference = prepared(ppo, episodes)
-    for ours, theirs in zip((batch.values, [t.advantage for e in episodes for t in e.turns], batch.returns), targets):
-        np.testing.assert_allclose(ours, theirs, atol=3e-6)
-    shake(ppo.policy.parameters(), 0.02 if ppo.policy.is_peft else 0.004, seed=5)
-    shake(ppo.policy.value_head.parameters(), 0.1, seed=5)
-    ((gradients, model, head),), stats = steps_of(ppo, batch, reference)
+    batch, reference = prepare_update(ppo, episodes)
+    for actual, expected_values in zip(
+        (batch.values, [t.advantage for e in episodes for t in e.turns], batch.returns), targets
+    ):
+        np.testing.assert_allclose(actual, expected_values, atol=3e-6)
+    perturb(ppo.policy.parameters(), 0.02 if (ppo.policy.adapter is not None) else 0.004, seed=5)
+    perturb(ppo.policy.value_head.parameters(), 0.1, seed=5)
+    ((gradients, model, head),), stats = record_steps(ppo, batch, reference)
     expected, loss = oracle.gradients(episodes, model, head, targets)
-    assert 0.1 < stats["clip_fraction"] < 0.9  # clipped and free tokens are both there
-    assert distance(gradients, expected) < 2e-5
+    assert 0.1 < stats["clip_fraction"] < 0.9  # some tokens are clipped and some are not
+    assert relative_distance(gradients, expected) < 2e-5
     critic = len(list(head.parameters()))
-    assert distance(gradients[:-critic], expected[:-critic]) < 2e-5 and distance(gradients[-critic:], expected[-critic:]) < 2e-5
+    assert (
+        relative_distance(gradients[:-critic], expected[:-critic]) < 2e-5
+        and relative_distance(gradients[-critic:], expected[-critic:]) < 2e-5
+    )
     if ppo.config.kl_loss == "exact":
-        c = ppo.config
-        ours = stats["policy_loss"] + c.kl_coef * stats["ref_kl"] - c.entropy_coef * stats["entropy"] + c.vf_coef * stats["value_loss"] / head.scale.item() ** 2
-        assert ours == pytest.approx(loss, rel=1e-4, abs=1e-6)
+        ppo_config = ppo.config
+        actual = (
+            stats["policy_loss"]
+            + ppo_config.kl_coef * stats["ref_kl"]
+            - ppo_config.entropy_coef * stats["entropy"]
+            + ppo_config.vf_coef * stats["value_loss"] / head.scale.item() ** 2
+        )
+        assert actual == pytest.approx(loss, rel=1e-4, abs=1e-6)
 
 
-def test_oracle_every_step_of_several_epochs(played):
-    """Two epochs of three mini-batches: the steps of an epoch, averaged, are the batch's gradient as long as nothing moves"""
-    ppo, episodes = learner(epochs=2, mini_batch_size=7, learning_rate=1e-12), played("lora")
-    batch, reference = prepared(ppo, episodes)
-    steps, _ = steps_of(ppo, batch, reference)
-    ((gradients, *_),), _ = steps_of(learner(), batch, reference)
+def test_oracle_steps_of_an_epoch_average_to_the_batch_gradient(make_episodes):
+    """The mean gradient of an epoch's three steps is the batch's gradient at constant weights"""
+    ppo, episodes = learner(epochs=2, mini_batch_size=7, learning_rate=1e-12), make_episodes("lora")
+    batch, reference = prepare_update(ppo, episodes)
+    steps, _ = record_steps(ppo, batch, reference)
+    ((gradients, *_),), _ = record_steps(learner(), batch, reference)
     assert len(steps) == 6 and batch.num_turns == 21
     for epoch in (steps[:3], steps[3:]):
-        assert distance([sum(g) / 3 for g in zip(*(s[0] for s in epoch))], gradients) < 1e-5
-        assert distance(epoch[0][0], gradients) > 0.05  # a single one is not
-    assert distance(steps[0][0], steps[3][0]) > 0.05  # and each epoch has an order of its own
+        assert (
+            relative_distance([sum(g) / 3 for g in zip(*(s[0] for s in epoch))], gradients) < 1e-5
+        )
+        assert (
+            relative_distance(epoch[0][0], gradients) > 0.05
+        )  # the gradient of a single step differs
+    assert relative_distance(steps[0][0], steps[3][0]) > 0.05  # each epoch has another order
 
 
-def test_oracle_weights_after_an_update(played):
-    """Clipping of each group's norm, and AdamW, on the oracle's gradients. Clipping below Adam's epsilon makes its step linear in the gradient"""
-    ppo, episodes = learner(max_grad_norm=1e-9, learning_rate=0.1, critic_learning_rate=0.2, epochs=2, normalize_returns=False), played("lora")
+def test_oracle_weights_after_an_update_match(make_episodes):
+    """Each group's norm is clipped, then AdamW makes the step
+
+    Clipping below Adam's epsilon makes its step linear in the gradient.
+    """
+    ppo, episodes = (
+        learner(
+            max_grad_norm=1e-6,
+            learning_rate=0.1,
+            critic_learning_rate=0.2,
+            epochs=2,
+            normalize_returns=False,
+        ),
+        make_episodes("lora"),
+    )
     oracle = Oracle(ppo)
     targets = oracle.targets(episodes)
-    batch, reference = prepared(ppo, episodes)
+    batch, reference = prepare_update(ppo, episodes)
     trained = [p for group in ppo.optimizer.param_groups for p in group["params"]]
     before = [p.detach().double() for p in trained]
-    ppo.update(batch, reference)
+    ppo.train_on_batch(batch, reference)
     changes = [p.detach().double() - old for p, old in zip(trained, before)]
     model, head = copy.deepcopy(oracle.first), copy.deepcopy(oracle.first_head)
     groups = [[p for p in model.parameters() if p.requires_grad], list(head.parameters())]
-    optimizer = torch.optim.AdamW([dict(params=groups[0], lr=0.1), dict(params=groups[1], lr=0.2)], weight_decay=0.0)
+    optimizer = torch.optim.AdamW(
+        [dict(params=groups[0], lr=0.1), dict(params=groups[1], lr=0.2)],
+        eps=ADAM_EPS,
+        weight_decay=0.0,
+    )
     for _ in range(2):
         optimizer.zero_grad()
         oracle.loss(episodes, model, head, targets).backward()
         for group in groups:
             norm = math.sqrt(sum(p.grad.square().sum().item() for p in group))
             for p in group:
-                p.grad *= 1e-9 / norm
+                p.grad *= 1e-6 / norm
         optimizer.step()
     expected = [p.detach() - old for p, old in zip([*groups[0], *groups[1]], before)]
     count = len(groups[0])
     assert all(any(x.any() for x in c) for c in (changes[:count], changes[count:]))
-    assert distance(changes[:count], expected[:count]) < 1e-3 and distance(changes[count:], expected[count:]) < 1e-3
+    assert (
+        relative_distance(changes[:count], expected[:count]) < 1e-3
+        and relative_distance(changes[count:], expected[count:]) < 1e-3
+    )
 
 
 @pytest.mark.parametrize("critic", ["reference", "shared"])
-def test_oracle_micro_batches_change_nothing(critic, played):
-    """From one row at a time to all at once: the same gradients, weights and statistics"""
+def test_oracle_micro_batch_size_changes_nothing(critic, make_episodes):
+    """Any micro-batch size gives the same gradients, weights and metrics"""
     results = []
     for budget in (1, 250, 400, 10**6):
-        ppo, episodes = learner(critic=critic, token_budget=budget, epochs=2, mini_batch_size=11, max_grad_norm=0.5), played("lora")
-        batch, reference = prepared(ppo, episodes)
-        steps, stats = steps_of(ppo, batch, reference)
-        results.append((len(batch.micro_batches(budget)), steps[0][0], [p.detach() for p in ppo.policy.parameters()], stats))
-    assert [n for n, *_ in results] == sorted({n for n, *_ in results}, reverse=True) and results[0][0] == batch.num_rows and results[-1][0] == 1
+        ppo, episodes = (
+            learner(
+                critic=critic, token_budget=budget, epochs=2, mini_batch_size=11, max_grad_norm=0.5
+            ),
+            make_episodes("lora"),
+        )
+        batch, reference = prepare_update(ppo, episodes)
+        steps, stats = record_steps(ppo, batch, reference)
+        results.append(
+            (
+                len(batch.micro_batches(budget)),
+                steps[0][0],
+                [p.detach() for p in ppo.policy.parameters()],
+                stats,
+            )
+        )
+    assert (
+        [n for n, *_ in results] == sorted({n for n, *_ in results}, reverse=True)
+        and results[0][0] == batch.num_rows
+        and results[-1][0] == 1
+    )
     for _, gradients, weights, stats in results[1:]:
-        assert distance(gradients, results[0][1]) < 1e-5
-        assert max((a - b).abs().max().item() for a, b in zip(weights, results[0][2])) < 2e-4  # Adam divides by the gradient's own size
+        assert relative_distance(gradients, results[0][1]) < 1e-5
+        # Adam divides by the gradient's own size
+        assert max((a - b).abs().max().item() for a, b in zip(weights, results[0][2])) < 2e-4
         for name, value in stats.items():
-            if name not in ("tokens_per_second", "logprob_gap"):
+            if name not in ("tokens_per_second", "max_logprob_diff"):
                 assert value == pytest.approx(results[0][3][name], rel=1e-3, abs=1e-5), name
 
 
-def test_oracle_order_of_episodes_changes_nothing(played):
+def test_oracle_order_of_episodes_changes_nothing(make_episodes):
     gradients = []
     for order in (slice(None), slice(None, None, -1)):
-        ppo, episodes = learner(), played("lora")[order]
-        gradients.append(steps_of(ppo, *prepared(ppo, episodes))[0][0][0])
-    assert distance(*gradients) < 1e-5
+        ppo, episodes = learner(), make_episodes("lora")[order]
+        gradients.append(record_steps(ppo, *prepare_update(ppo, episodes))[0][0][0])
+    assert relative_distance(*gradients) < 1e-5
 
 
 # KL
 
 
 def test_oracle_gradients_of_kl_losses():
-    """Expectations over the vocabulary, token by token, in float64. k2's gradient is the KL's, k3's is not"""
+    """The expected gradient of k2 is that of the KL; the one of k3 is not"""
     generator = torch.Generator().manual_seed(0)
-    logits, ref = torch.randn(5, 13, generator=generator, dtype=torch.float64, requires_grad=True), torch.randn(5, 13, generator=generator, dtype=torch.float64)
+    logits, ref = (
+        torch.randn(5, 13, generator=generator, dtype=torch.float64, requires_grad=True),
+        torch.randn(5, 13, generator=generator, dtype=torch.float64),
+    )
     log_ref = ref.log_softmax(-1)
 
     def gradient(loss):
         return torch.autograd.grad(loss, logits)[0]
 
     def expected_gradient(estimator):
-        """Of an estimator of single samples, when tokens are drawn from the policy and not differentiated through"""
+        """Return the expected gradient of a single-sample estimator under the policy"""
         dist = logits.log_softmax(-1)
         return gradient((dist.exp().detach() * estimator(dist, log_ref)).sum())
 
     p, q = logits.softmax(-1), ref.softmax(-1)
-    true = gradient(sum(p[i, v] * torch.log(p[i, v] / q[i, v]) for i in range(5) for v in range(13)))
-    assert torch.allclose(gradient(exact_kl(logits.log_softmax(-1), log_ref).sum()), true, rtol=1e-10, atol=1e-12)
+    true = gradient(
+        sum(p[i, v] * torch.log(p[i, v] / q[i, v]) for i in range(5) for v in range(13))
+    )
+    assert torch.allclose(
+        gradient(exact_kl(logits.log_softmax(-1), log_ref).sum()), true, rtol=1e-10, atol=1e-12
+    )
     assert torch.allclose(expected_gradient(k2_kl), true, rtol=1e-10, atol=1e-12)
     k3 = expected_gradient(lambda logp, logq: (logq - logp).exp() - 1 - (logq - logp))
     assert (k3 - true).abs().max() > 0.1 * true.abs().max()
-    assert torch.allclose(k3, gradient((q * (log_ref - logits.log_softmax(-1))).sum()), rtol=1e-10, atol=1e-12)  # it is that of the reverse one
-    for wrong in (lambda: k2_kl(logits.log_softmax(-1), log_ref) * 2, lambda: -k2_kl(logits.log_softmax(-1), log_ref)):
-        assert not torch.allclose(expected_gradient(lambda *_, wrong=wrong: wrong()), true, rtol=1e-3)
+    # it is the gradient of the reverse KL
+    assert torch.allclose(
+        k3, gradient((q * (log_ref - logits.log_softmax(-1))).sum()), rtol=1e-10, atol=1e-12
+    )
+    for wrong in (
+        lambda: k2_kl(logits.log_softmax(-1), log_ref) * 2,
+        lambda: -k2_kl(logits.log_softmax(-1), log_ref),
+    ):
+        assert not torch.allclose(
+            expected_gradient(lambda *_, wrong=wrong: wrong()), true, rtol=1e-3
+        )
 
 
 @pytest.mark.parametrize("kind", ["plain", "lora"])
-def test_oracle_exact_kl_through_the_model(kind, played):
-    """Without advantages and value loss, the update's gradient is that of the mean true KL, state by state"""
-    ppo, episodes = learner(kind, vf_coef=0.0, kl_coef=1.0), played(kind)
+def test_oracle_exact_kl_gradient_matches(kind, make_episodes):
+    """Without advantages and value loss, the gradient is that of the mean KL over all states"""
+    ppo, episodes = learner(kind, vf_coef=0.0, kl_coef=1.0), make_episodes(kind)
     oracle = Oracle(ppo)
-    batch, reference = prepared(ppo, episodes)
+    batch, reference = prepare_update(ppo, episodes)
     batch.advantages.zero_()
-    shake(ppo.policy.parameters(), 0.01, seed=3)
-    ((gradients, model, _),), _ = steps_of(ppo, batch, reference)
+    perturb(ppo.policy.parameters(), 0.01, seed=3)
+    ((gradients, model, _),), _ = record_steps(ppo, batch, reference)
     model = copy.deepcopy(model).double()
     model.zero_grad()
     total = 0
     for episode in episodes:
         for turn in episode.turns:
             ids = episode.segments[turn.segment].ids
-            where = slice(turn.start - 1, turn.start - 1 + len(turn.response_ids))
-            p, q = oracle.forward(model, ids)[0][where].exp(), oracle.reference(ids)[0][where].exp()
+            positions = slice(turn.start - 1, turn.start - 1 + len(turn.response_ids))
+            p, q = (
+                oracle.forward(model, ids)[0][positions].exp(),
+                oracle.reference(ids)[0][positions].exp(),
+            )
             total = total + (p * torch.log(p / q)).sum() / batch.num_tokens
     total.backward()
-    assert distance(gradients[: len(ppo.policy.parameters())], [p.grad for p in model.parameters() if p.requires_grad]) < 2e-5
+    assert (
+        relative_distance(
+            gradients[: len(ppo.policy.parameters())],
+            [p.grad for p in model.parameters() if p.requires_grad],
+        )
+        < 2e-5
+    )
 
 
-# the pieces
+# Parts of the loss
 
 
-def test_oracle_losses_by_hand():
+def test_oracle_losses_match_hand_computed_values():
     old, advantages = torch.zeros(6), torch.tensor([1.0, 1.0, 1.0, -1.0, -1.0, -1.0])
     logprobs = torch.tensor([1.5, 1.0, 0.5, 1.5, 1.0, 0.5]).log().requires_grad_()
     loss, clipped = policy_loss(logprobs - old, advantages, 0.2)
@@ -323,79 +490,113 @@ def test_oracle_losses_by_hand():
     assert clipped.tolist() == [True, False, False, False, False, True]
     loss.sum().backward()
     assert logprobs.grad.tolist() == pytest.approx([0, -1.0, -0.5, 1.5, 1.0, 0])
-    values, old_values, returns = torch.tensor([1.0, 1.0, 1.0]), torch.tensor([0.0, 0.0, 0.9]), torch.tensor([2.0, 0.0, 0.0])
+    values, old_values, returns = (
+        torch.tensor([1.0, 1.0, 1.0]),
+        torch.tensor([0.0, 0.0, 0.9]),
+        torch.tensor([2.0, 0.0, 0.0]),
+    )
     assert value_loss(values, old_values, returns).tolist() == pytest.approx([0.5, 0.5, 0.5])
-    assert value_loss(values, old_values, returns, 0.3).tolist() == pytest.approx([0.5 * 1.7**2, 0.5, 0.5])
+    assert value_loss(values, old_values, returns, 0.3).tolist() == pytest.approx(
+        [0.5 * 1.7**2, 0.5, 0.5]
+    )
 
 
-# how far an update goes
+# Early stopping and adaptive KL
 
 
-def test_oracle_early_stop(played):
-    """`target_kl` ends an update before the step of a mini-batch that passes it half as far again; what was done until then is what so many steps do"""
-    ppo, episodes = learner(epochs=6, learning_rate=3e-3), played("lora")
+def test_oracle_early_stop_ends_the_update_before_the_step(make_episodes):
+    """`early_stop_kl` stops before the step of a mini-batch whose KL exceeds 1.5 times the limit
+
+    The last step before is cut to the length at which the KL, quadratic in it, is 1.5 times the limit.
+    """
+    ppo, episodes = learner(epochs=6, learning_rate=3e-3), make_episodes("lora")
     kls = []
-    batch, reference = prepared(ppo, episodes)
+    batch, reference = prepare_update(ppo, episodes)
 
-    def run(**options):
+    def run_update(**options):
         other = learner(learning_rate=3e-3, **options)
-        stats = other.update(batch, reference)
+        stats = other.train_on_batch(batch, reference)
         return stats, [p.detach().clone() for p in other.policy.parameters()]
 
     for epochs in (1, 2, 3, 4):
-        kls.append(run(epochs=epochs)[0]["approx_kl"])
+        kls.append(run_update(epochs=epochs)[0]["approx_kl"])
     assert kls == sorted(kls) and kls[0] < 1e-6 < kls[1]
     target = (kls[1] + kls[2]) / 2 / 1.5
-    stopped, weights = run(epochs=6, target_kl=target)
+    stopped, weights = run_update(epochs=6, early_stop_kl=target)
     assert stopped["epochs"] == 2 and stopped["approx_kl"] == pytest.approx(kls[2])
-    assert all(torch.equal(a, b) for a, b in zip(weights, run(epochs=2)[1]))
-    assert run(epochs=3, target_kl=1e9)[0]["epochs"] == 3
-    few = dict(epochs=9, mini_batch_size=max(1, batch.num_turns // 3))
-    part, whole = run(target_kl=target, **few)[0], run(**few)[0]
-    assert 0 < part["epochs"] < 9 == whole["epochs"] and part["epochs"] % 1 > 0
-    none = run(epochs=2, target_kl=1e-12)[0]  # rounding is enough
-    assert none["epochs"] <= 1 and np.isfinite(none["grad_norm"])
+    # the KL was kls[1] before the last step and kls[2] after it: the step is cut to the limit
+    start, end, limit = (kl**0.5 for kl in (kls[1], kls[2], 1.5 * target))
+    share = (limit - start) / (end - start)
+    assert 0 < share < 1
+    for shortened, before, after in zip(weights, run_update(epochs=1)[1], run_update(epochs=2)[1]):
+        torch.testing.assert_close(shortened, before + share * (after - before))
+    assert run_update(epochs=3, early_stop_kl=1e9)[0]["epochs"] == 3
+    mini_batches = dict(epochs=9, mini_batch_size=max(1, batch.num_turns // 3))
+    partial, full = (
+        run_update(early_stop_kl=target, **mini_batches)[0],
+        run_update(**mini_batches)[0],
+    )
+    assert 0 < partial["epochs"] < 9 == full["epochs"] and partial["epochs"] % 1 > 0
+    first_step = run_update(epochs=2, early_stop_kl=1e-12)[0]  # rounding exceeds this limit
+    assert first_step["epochs"] <= 1 and np.isfinite(first_step["grad_norm"])
 
 
-def test_oracle_adaptive_coefficient(played):
-    assert adapt_kl_coef(0.5, kl=0.2, target=0.1, turns=100, horizon=1000) == pytest.approx(0.5 * (1 + 0.2 * 0.1))
-    assert adapt_kl_coef(0.5, kl=0.0, target=0.1, turns=100, horizon=1000) == pytest.approx(0.5 * (1 - 0.2 * 0.1))
-    assert adapt_kl_coef(0.5, kl=0.11, target=0.1, turns=100, horizon=1000) == pytest.approx(0.5 * (1 + 0.1 * 0.1))
-    assert adapt_kl_coef(0.5, kl=9.0, target=0.1, turns=10**9, horizon=1000) == pytest.approx(0.6)  # a horizon at most, never below 0
-    ppo, episodes = learner(kl_target=1e-6, kl_horizon=42, epochs=2), played("lora")
+def test_oracle_adaptive_kl_coefficient_matches(make_episodes):
+    assert adapt_kl_coef(0.5, kl=0.2, target=0.1, turns=100, horizon=1000) == pytest.approx(
+        0.5 * (1 + 0.2 * 0.1)
+    )
+    assert adapt_kl_coef(0.5, kl=0.0, target=0.1, turns=100, horizon=1000) == pytest.approx(
+        0.5 * (1 - 0.2 * 0.1)
+    )
+    assert adapt_kl_coef(0.5, kl=0.11, target=0.1, turns=100, horizon=1000) == pytest.approx(
+        0.5 * (1 + 0.1 * 0.1)
+    )
+    # the change is limited to one horizon
+    assert adapt_kl_coef(0.5, kl=9.0, target=0.1, turns=10**9, horizon=1000) == pytest.approx(0.6)
+    ppo, episodes = learner(kl_adaptive_target=1e-6, kl_horizon=42, epochs=2), make_episodes("lora")
     used = []
     for _ in range(3):
-        batch, reference = prepared(ppo, episodes)
-        stats = ppo.update(batch, reference)
+        batch, reference = prepare_update(ppo, episodes)
+        stats = ppo.train_on_batch(batch, reference)
         used.append(stats["kl_coef"])
         assert stats["ref_kl"] > 1.2e-6
     assert used == pytest.approx([0.3 * (1 + 0.2 * 21 / 42) ** k for k in range(3)])
     assert ppo.kl_coef == pytest.approx(0.3 * 1.1**3)
 
 
-def test_oracle_the_coefficient_in_use_is_the_one_in_the_loss(played):
-    """`kl_coef` of the learner, which is steered, and not the configured one"""
+def test_oracle_loss_uses_the_adapted_kl_coefficient(make_episodes):
+    """The loss uses the learner's adapted `kl_coef`, not the configured one"""
     gradients = []
-    for configured, steered in ((0.9, 0.9), (0.3, 0.9), (0.3, 0.3)):
-        ppo, episodes = learner(kl_coef=configured), played("lora")
-        ppo.kl_coef = steered
-        gradients.append(steps_of(ppo, *prepared(ppo, episodes))[0][0][0])
-    assert distance(gradients[1], gradients[0]) < 1e-6 and distance(gradients[2], gradients[0]) > 1e-3
+    for configured, adapted in ((0.9, 0.9), (0.3, 0.9), (0.3, 0.3)):
+        ppo, episodes = learner(kl_coef=configured), make_episodes("lora")
+        ppo.kl_coef = adapted
+        gradients.append(record_steps(ppo, *prepare_update(ppo, episodes))[0][0][0])
+    assert (
+        relative_distance(gradients[1], gradients[0]) < 1e-6
+        and relative_distance(gradients[2], gradients[0]) > 1e-3
+    )
 
 
-# what is not finite
+# Non-finite values and interrupts
 
 
 def snapshot(ppo):
-    """Everything an update may change, bit for bit"""
-    tensors = [p.detach().clone() for p in [*ppo.policy.model.parameters(), *ppo.policy.value_head.parameters()]]
+    """Return all state that an update may change, for a bitwise comparison"""
+    tensors = [
+        p.detach().clone()
+        for p in [*ppo.policy.model.parameters(), *ppo.policy.value_head.parameters()]
+    ]
     moments = [v.clone() for s in ppo.optimizer.state_dict()["state"].values() for v in s.values()]
     return tensors, moments, ppo.generator.get_state(), ppo.kl_coef
 
 
-def same(a, b) -> bool:
+def equal_snapshots(a, b) -> bool:
     (tensors, moments, order, coef), (tensors2, moments2, order2, coef2) = a, b
-    pairs = [*zip(tensors, tensors2, strict=True), *zip(moments, moments2, strict=True), (order, order2)]
+    pairs = [
+        *zip(tensors, tensors2, strict=True),
+        *zip(moments, moments2, strict=True),
+        (order, order2),
+    ]
     return coef == coef2 and all(torch.equal(x, y) for x, y in pairs)
 
 
@@ -408,104 +609,136 @@ def infinite_logprob(ppo, batch, monkeypatch):
 
 
 def nan_loss(ppo, batch, monkeypatch):
-    """In the second micro-batch of the third step"""
-    real, calls = passes_module.policy_loss, []
+    """Make the loss NaN in the second micro-batch of the third step"""
+    original, calls = passes_module.policy_loss, []
 
-    def broken(*args):
+    def fail(*args):
         calls.append(1)
-        loss, clipped = real(*args)
+        loss, clipped = original(*args)
         return (loss * float("nan") if len(calls) == 12 else loss), clipped
 
-    monkeypatch.setattr(passes_module, "policy_loss", broken)
+    monkeypatch.setattr(passes_module, "policy_loss", fail)
 
 
 def infinite_gradient(ppo, batch, monkeypatch):
-    """Of a finite loss, after two steps were made"""
+    """Make a gradient infinite after two steps, while the loss is finite"""
     calls, parameter = [], ppo.policy.parameters()[1]
 
-    def broken(gradient):
+    def fail(gradient):
         calls.append(1)
         return gradient + float("inf") if len(calls) == 12 else gradient
 
-    handle = parameter.register_hook(broken)
+    handle = parameter.register_hook(fail)
     monkeypatch.setattr(ppo, "remove", handle.remove, raising=False)
 
 
 def interrupt(ppo, batch, monkeypatch):
-    real, calls = passes_module.policy_loss, []
+    original, calls = passes_module.policy_loss, []
 
-    def broken(*args):
+    def fail(*args):
         calls.append(1)
         if len(calls) == 12:
             raise KeyboardInterrupt
-        return real(*args)
+        return original(*args)
 
-    monkeypatch.setattr(passes_module, "policy_loss", broken)
+    monkeypatch.setattr(passes_module, "policy_loss", fail)
 
 
 @pytest.mark.parametrize(
     ("kind", "fault"),
-    [("lora", nan_reward), ("plain", infinite_logprob), ("plain", nan_loss), ("lora", nan_loss), ("plain", infinite_gradient), ("lora", interrupt)],
+    [
+        ("lora", nan_reward),
+        ("plain", infinite_logprob),
+        ("plain", nan_loss),
+        ("lora", nan_loss),
+        ("plain", infinite_gradient),
+        ("lora", interrupt),
+    ],
 )
-def test_oracle_what_is_not_finite_changes_nothing(kind, fault, played, tmp_path, monkeypatch):
-    """Weights, moments, random order and coefficient are bit-identical after it, and the next update is the one there would have been"""
-    options = dict(epochs=2, mini_batch_size=6, kl_target=0.001, token_budget=1)
+def test_oracle_failed_update_changes_nothing(kind, fault, make_episodes, tmp_path, monkeypatch):
+    """Weights, moments, random order and coefficient are equal bit for bit
+
+    The next update is the same as without the failure.
+    """
+    options = dict(epochs=2, mini_batch_size=6, kl_adaptive_target=0.001, token_budget=1)
     ppo, other = learner(kind, **options), learner(kind, **options)
     ppo.failure_dir = tmp_path / "failed"
     for p in (ppo, other):
-        p.learn(played(kind))  # there are moments
+        p.update(make_episodes(kind))  # creates optimizer moments
     before = snapshot(ppo)
-    assert len(before[1]) and same(before, snapshot(other))
-    batch, reference = prepared(ppo, played(kind))
+    assert len(before[1]) and equal_snapshots(before, snapshot(other))
+    batch, reference = prepare_update(ppo, make_episodes(kind))
     with monkeypatch.context() as patch:
         fault(ppo, batch, patch)
         with pytest.raises(KeyboardInterrupt if fault is interrupt else NonFiniteLoss) as caught:
-            ppo.update(batch, reference)
+            ppo.train_on_batch(batch, reference)
         if fault is infinite_gradient:
             ppo.remove()
-    assert same(before, snapshot(ppo))
+    assert equal_snapshots(before, snapshot(ppo))
     assert all(p.grad is None for p in ppo.policy.parameters())
     if fault is not interrupt:
         (path,) = (tmp_path / "failed").iterdir()
         message = str(caught.value)
-        assert repr(batch) in message and str(path) in message and "No weight was changed" in message
-        before_any = "before the first step"
-        where = {nan_reward: before_any, infinite_logprob: before_any, nan_loss: "in epoch", infinite_gradient: "in the gradient of epoch"}
-        assert where[fault] in message
+        assert (
+            repr(batch) in message and str(path) in message and "No weight was changed" in message
+        )
+        before_first_step = "before the first step"
+        location = {
+            nan_reward: before_first_step,
+            infinite_logprob: before_first_step,
+            nan_loss: "in epoch",
+            infinite_gradient: "in the gradient of epoch",
+        }
+        assert location[fault] in message
         saved = Batch.load(path)
-        assert repr(saved) == repr(batch) and all(np.array_equal(a, b) for a, b in zip(saved.rows, batch.rows))
+        assert repr(saved) == repr(batch) and all(
+            np.array_equal(a, b) for a, b in zip(saved.rows, batch.rows)
+        )
         for name in ("token_ids", "logprobs", "advantages", "returns", "values", "rewards"):
-            assert torch.equal(getattr(saved, name).nan_to_num(7.0), getattr(batch, name).nan_to_num(7.0))
+            assert torch.equal(
+                getattr(saved, name).nan_to_num(7.0), getattr(batch, name).nan_to_num(7.0)
+            )
     for p in (ppo, other):
-        p.learn(played(kind))
-    assert same(snapshot(ppo), snapshot(other)) and not same(before, snapshot(ppo))
+        p.update(make_episodes(kind))
+    assert equal_snapshots(snapshot(ppo), snapshot(other)) and not equal_snapshots(
+        before, snapshot(ppo)
+    )
 
 
 @pytest.mark.filterwarnings("error::RuntimeWarning")
 @pytest.mark.parametrize("rewards", [(math.nan, 0.0), (math.inf, 0.0), (math.inf, -math.inf)])
-def test_oracle_a_reward_that_is_not_a_finite_number_stops_learning(rewards, played, tmp_path):
-    ppo, episodes = learner(), played("lora")
+def test_oracle_non_finite_reward_stops_the_update(rewards, make_episodes, tmp_path):
+    ppo, episodes = learner(), make_episodes("lora")
     ppo.failure_dir = tmp_path
     episodes[2].turns[1].reward, episodes[3].turns[0].reward = rewards
     before = snapshot(ppo)
-    with pytest.raises(NonFiniteLoss, match="before the first step.*saved as .*Look for a reward that is not finite"):
-        ppo.learn(episodes)
-    assert same(before, snapshot(ppo))
+    with pytest.raises(
+        NonFiniteLoss,
+        match="before the first step.*saved as .*Look for a reward that is not finite",
+    ):
+        ppo.update(episodes)
+    assert equal_snapshots(before, snapshot(ppo))
     (path,) = tmp_path.iterdir()
-    assert Batch.load(path).rewards.isfinite().tolist() == [math.isfinite(t.reward) for e in episodes for t in e.turns]
+    assert Batch.load(path).rewards.isfinite().tolist() == [
+        math.isfinite(t.reward) for e in episodes for t in e.turns
+    ]
 
 
-def test_oracle_statistics(played):
-    """The numbers that are logged, from their definitions"""
-    ppo, episodes = learner(epochs=3), played("lora")
+def test_oracle_metrics_match_their_definitions(make_episodes):
+    """Logged metrics match their definitions"""
+    ppo, episodes = learner(epochs=3), make_episodes("lora")
     episodes[0].turns[0].valid = True
-    stats = ppo.learn(episodes)
+    stats = ppo.update(episodes)
     turns = [t for e in episodes for t in e.turns]
     values, returns = np.array([t.value for t in turns]), np.array([t.returns for t in turns])
-    assert stats["mean_return"] == pytest.approx(np.mean([sum(t.reward for t in e.turns) for e in episodes]))
-    assert stats["mean_length"] == len(turns) / len(episodes) and stats["epochs"] == 3
+    assert stats["mean_return"] == pytest.approx(
+        np.mean([sum(t.reward for t in e.turns) for e in episodes])
+    )
+    assert stats["mean_episode_length"] == len(turns) / len(episodes) and stats["epochs"] == 3
     assert stats["invalid_rate"] == pytest.approx(np.mean([not t.valid for t in turns]))
     assert stats["tokens"] == sum(len(t.response_ids) for t in turns)
-    assert stats["explained_variance"] == pytest.approx(1 - np.var(returns - values) / np.var(returns), rel=1e-4)
-    assert stats["logprob_gap"] < 1e-4 and stats["tokens_per_second"] > 0
-    assert set(stats) == set(ppo_module.STATS)
+    assert stats["explained_variance"] == pytest.approx(
+        1 - np.var(returns - values) / np.var(returns), rel=1e-4
+    )
+    assert stats["max_logprob_diff"] < 1e-4 and stats["tokens_per_second"] > 0
+    assert set(stats) == set(metrics_module.METRICS)

@@ -1,4 +1,4 @@
-"`llamagym quickstart` end to end, and from a wheel, where there is no checkout."
+"""`llamagym quickstart` runs end to end, and a wheel has the tutorials without a checkout."""
 
 import json
 import subprocess
@@ -12,12 +12,24 @@ ROOT = Path(__file__).parent.parent
 COMMAND = Path(sys.executable).with_name("llamagym")
 
 
-def test_quickstart_leaves_its_artifacts(tmp_path):
-    done = subprocess.run([COMMAND, "quickstart", "--fast", "--output", tmp_path / "out"], capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr[-4000:]
-    made = {path.name for path in (tmp_path / "out").iterdir()}
-    assert {"01_blackjack.ipynb", "learning_curve.png", "policy", "episodes.parquet", "metrics.jsonl", "summary.json"} <= made
-    lines = done.stdout.splitlines()
+def test_quickstart_writes_its_artifacts(tmp_path):
+    process = subprocess.run(
+        [COMMAND, "quickstart", "--fast", "--output", tmp_path / "out"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
+    assert process.returncode == 0, process.stderr[-4000:]
+    files = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {
+        "01_blackjack.ipynb",
+        "learning_curve.png",
+        "policy",
+        "episodes.parquet",
+        "metrics.jsonl",
+        "summary.json",
+    } <= files
+    lines = process.stdout.splitlines()
     assert [line.split("  ")[0] for line in lines[:5]] == [
         "return before training", "return after (exact)", "optimal", "seconds of training", "artifacts:",
     ]  # fmt: skip
@@ -26,15 +38,30 @@ def test_quickstart_leaves_its_artifacts(tmp_path):
     assert all((tmp_path / line.split("  ")[-1].strip()).exists() for line in lines[5:])
 
 
-def test_info_names_what_is_missing_and_present():
-    lines = subprocess.run([COMMAND, "info"], capture_output=True, text=True, check=True).stdout.splitlines()
+def test_info_lists_the_optional_packages():
+    lines = subprocess.run(
+        [COMMAND, "info"], capture_output=True, text=True, check=True
+    ).stdout.splitlines()
     assert lines[0].startswith("llamagym ")
     assert any(line.startswith("  warmstart  present: trl") for line in lines)
 
 
 @pytest.mark.slow
-def test_a_wheel_carries_the_tutorials(tmp_path):
-    subprocess.run([sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", tmp_path, ROOT], check=True)
+def test_wheel_contains_the_tutorials(tmp_path):
+    subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "pip",
+            "wheel",
+            "--quiet",
+            "--no-deps",
+            "--wheel-dir",
+            tmp_path,
+            ROOT,
+        ],
+        check=True,
+    )
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
@@ -43,5 +70,13 @@ def test_a_wheel_carries_the_tutorials(tmp_path):
         assert not [name for name in names if name.startswith(("tests/", "scripts/", "nbs/"))]
         archive.extractall(tmp_path / "installed")
     code = "import llamagym.cli; print(llamagym.cli.find_tutorial())"
-    found = subprocess.run([sys.executable, "-c", code], cwd=tmp_path / "installed", capture_output=True, text=True, check=True).stdout.strip()
-    assert Path(found) == tmp_path / "installed" / "llamagym" / "tutorials" / "01_blackjack.ipynb"
+    tutorial = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path / "installed",
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.strip()
+    assert (
+        Path(tutorial) == tmp_path / "installed" / "llamagym" / "tutorials" / "01_blackjack.ipynb"
+    )

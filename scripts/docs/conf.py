@@ -27,7 +27,7 @@ html_show_sourcelink = False
 pygments_style = "default"
 nb_execution_mode = "off"
 nb_merge_streams = True
-nb_render_markdown_format = "gfm"    # tables in the outputs of cells, too
+nb_render_markdown_format = "gfm"  # tables in the outputs of cells, too
 nb_code_prompt_show = "Source"
 nb_code_prompt_hide = "Source"
 myst_enable_extensions = ["attrs_block", "attrs_inline", "colon_fence", "dollarmath"]
@@ -46,7 +46,8 @@ copybutton_exclude = ".linenos, .gp"
 
 def source_of(app, modname):
     "A module's source and where its definitions are, without importing it"
-    path = Path(app.config.package_folder) / (modname.split(".", 1)[1] + ".py")
+    relative = modname.split(".", 1)[1].replace(".", "/")
+    path = Path(app.config.package_folder) / f"{relative}.py"
     source = path.read_text(encoding="utf-8")
     tags = {}
 
@@ -70,7 +71,11 @@ def source_of(app, modname):
     for node in body:
         for base in node.bases if isinstance(node, ast.ClassDef) else []:
             if isinstance(base, ast.Name) and base.id.startswith("_"):
-                tags = {node.name + name.removeprefix(base.id): tag for name, tag in tags.items() if name.startswith(f"{base.id}.")} | tags
+                tags = {
+                    node.name + name.removeprefix(base.id): tag
+                    for name, tag in tags.items()
+                    if name.startswith(f"{base.id}.")
+                } | tags
     return source, tags
 
 
@@ -86,7 +91,11 @@ def mathml(latex, display):
     "LaTeX as MathML, which browsers show by themselves: no script and no font has to be fetched"
     for pattern, replacement in REWRITES:
         latex = re.sub(pattern, replacement, latex)
-    text = re.sub(r"&(?!(?:amp|gt|lt);)\w+;", lambda entity: html.unescape(entity[0]), tex2mathml(latex, as_block=display))
+    text = re.sub(
+        r"&(?!(?:amp|gt|lt);)\w+;",
+        lambda entity: html.unescape(entity[0]),
+        tex2mathml(latex, as_block=display),
+    )
     root = ElementTree.fromstring(text)
     for element in root.iter():
         # An accented letter with an index: the converter puts the index under the letter.
@@ -99,7 +108,10 @@ def mathml(latex, display):
         # The label of a brace belongs under or over it; the converter makes it a sub- or superscript.
         pair = [element.tag, element[0].tag] if len(element) else []
         for script, limits in (("msub", "munder"), ("msup", "mover")):
-            if pair == [NAMESPACE + script, NAMESPACE + limits] and element[0][1].text in ("⏟", "⏞"):
+            if pair == [NAMESPACE + script, NAMESPACE + limits] and element[0][1].text in (
+                "⏟",
+                "⏞",
+            ):
                 element.tag = NAMESPACE + limits
     return ElementTree.tostring(root, encoding="unicode")
 
