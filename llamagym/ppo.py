@@ -391,6 +391,7 @@ class PPOUpdate:
         self.per_token = learner.algorithm.per_token
         self.metrics = MetricAccumulator(batch, self.per_token)
         self.loss = PPOLoss(learner, batch, reference, self.metrics)
+        self.critic_inputs = reference.critic_inputs
         self.check = partial(require_finite, batch=batch, folder=learner.failure_dir)
         self.last_step = LastStep(learner.policy.parameters())
         self.has_evidence = bool(batch.advantages.any())
@@ -411,6 +412,8 @@ class PPOUpdate:
             drop_momentum(learner.optimizer, self.last_step.parameters)
         if self.needs_critic and config.normalize_returns:
             learner.policy.value_head.rescale(returns.to(learner.policy.device))
+        if self.critic_inputs is not None:
+            learner.policy.value_head.standardize_inputs(self.critic_inputs)
         with gradient_checkpointing(
             learner.policy, config.gradient_checkpointing, config.offload_activations
         ):

@@ -47,12 +47,13 @@ class _HiddenStates(NamedTuple):
 
 @dataclass
 class ReferenceOutputs:
-    "Outputs of the frozen reference for a batch"
+    "Outputs of the frozen reference, and the inputs of the critic, for a batch"
 
     token_hidden: Tensor  # [N, H] before each sampled token
     turn_hidden: Tensor  # [M, H] at the last prompt token of each turn
     log_dist: Tensor | None = None  # [N, V] nats, if they are few enough to keep
     candidate_logprobs: Tensor | None = None  # [C] nats, if candidate actions were scored
+    critic_inputs: Tensor | None = None  # [M, H] what the critic reads, of the whole batch
 
     def select(self, tokens: Tensor, turns: Tensor, candidates: Tensor) -> "ReferenceOutputs":
         "Return the outputs of some tokens, turns and candidates, by index"
@@ -267,6 +268,7 @@ def compute_values_and_ref_logprobs(
     if values:
         if policy.critic != "reference":  # the critic reads the policy's own hidden states
             hidden = _batch_hidden_states(policy, batch, truncated, token_budget)
+        reference.critic_inputs = hidden.turns
         _write_values(policy, hidden, episodes, truncated, per_token)
     return reference
 

@@ -230,6 +230,9 @@ def make_trainer_class() -> type:
                 [len(inputs["token_rows"]), len(inputs["turn_rows"])]
             )
             nll = torch.nn.functional.cross_entropy(self.policy.logits(tokens), inputs["token_ids"])
+            self.policy.value_head.standardize_inputs(states.detach())
+            if self.policy.critic == "detached":
+                states = states.detach()
             value = 0.5 * (self.policy.value_head(states) - inputs["returns"]).square().mean()
             self.losses.append((nll.item(), value.item()))
             loss = nll + self.critic_coef * value / self.policy.value_head.scale**2
