@@ -364,6 +364,11 @@ def read_value_head(
     state = load_file(path / "value_head.safetensors")
     if "known" in state:  # its name in version 0.2
         state["initialized"] = state.pop("known")
+    if "input_mean" not in state:  # in version 0.2, inputs were not standardized
+        layer = state.get("inner.0.weight", state["out.weight"])
+        size = layer.shape[1]
+        state["input_mean"], state["input_std"] = torch.zeros(size), torch.ones(size)
+        state["standardized"] = torch.tensor(0.0)
     return state
 
 # %% ../../nbs/models/policy.ipynb #391bc5be
