@@ -32,7 +32,9 @@ FUSED_FAMILIES = [
 def max_logprob_difference(
     policy: Policy, decoder, shared: int = 20, lengths=(90, 61, 35), pieces: int = 3
 ) -> float:
-    """Return the largest difference between log-probabilities of a backend (chunked prefill after a shared prefix, then decode steps) and of the learner"""
+    """Return the largest difference between log-probabilities of a backend (chunked prefill after a shared prefix, then decode steps) and of the learner
+
+    1e-4 nats are allowed."""
     generator = torch.Generator().manual_seed(1)
     rows = [
         torch.randint(3, policy.causal_lm.config.vocab_size, (n,), generator=generator)
@@ -82,7 +84,7 @@ def test_decoder_oracle_matches_each_family(family, window):
     )
     perturb(policy.parameters())
     decoder = make_backend(policy.causal_lm)
-    assert type(decoder) is FusedDecoder and max_logprob_difference(policy, decoder) < 5e-5
+    assert type(decoder) is FusedDecoder and max_logprob_difference(policy, decoder) < 1e-4
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -98,10 +100,10 @@ def test_decoder_oracle_matches_adapters(kind):
     assert type(decoder) is FusedDecoder and (decoder.layers[0].qkv.weight is None) == (
         kind == "nf4"
     )
-    assert max_logprob_difference(policy, decoder) < 5e-5
+    assert max_logprob_difference(policy, decoder) < 1e-4
     assert all(torch.equal(p, policy.model.state_dict()[name]) for name, p in before.items())
     perturb(policy.parameters(), seed=3)  # other weights need another backend
-    assert max_logprob_difference(policy, make_backend(policy.causal_lm)) < 5e-5
+    assert max_logprob_difference(policy, make_backend(policy.causal_lm)) < 1e-4
 
 
 @pytest.mark.parametrize(
@@ -122,7 +124,7 @@ def test_decoder_oracle_matches_adapter_variants(adapter):
         device="cpu",
     )
     perturb(policy.parameters())
-    assert max_logprob_difference(policy, make_backend(policy.causal_lm)) < 5e-5
+    assert max_logprob_difference(policy, make_backend(policy.causal_lm)) < 1e-4
 
 
 def test_decoder_oracle_matches_architecture_options():
@@ -134,7 +136,7 @@ def test_decoder_oracle_matches_architecture_options():
     policy = Policy(LlamaForCausalLM(config).eval(), tiny_tokenizer())
     perturb(policy.parameters(), 0.1)
     decoder = make_backend(policy.causal_lm)
-    assert type(decoder) is FusedDecoder and max_logprob_difference(policy, decoder) < 5e-5
+    assert type(decoder) is FusedDecoder and max_logprob_difference(policy, decoder) < 1e-4
 
 
 def test_decoder_in_half_precision_does_not_merge_adapters(monkeypatch):

@@ -114,7 +114,8 @@ def test_evaluation_of_blackjack_with_the_whole_conversation_agrees_with_the_tre
     tree = blackjack_tree(greedy_choices(agent), min_probability=1e-4)
     assert not found.exact and tree.low - 0.02 < found.value < tree.high + 0.02
     stats = evaluate(agent, episodes=8, greedy=True, exact=True).greedy
-    assert stats.ci95 < 0.02 and len(stats.episodes) == 8 and "±" in repr(stats)
+    assert stats.ci95 < 1.96 / math.sqrt(1000)  # as narrow as a thousand games, or more
+    assert len(stats.episodes) == 8 and "±" in repr(stats)
 
 
 # other tasks

@@ -82,15 +82,18 @@ def test_oracle_score_equals_the_full_forward(kind, family):
 
 
 def test_oracle_score_is_close_to_float64():
-    """The float32 error is far below the allowed sampler–learner difference of 1e-4"""
+    """The float32 error is transformers' own, and far below the allowed difference of 1e-4"""
     policy = make_policy("lora")
     rows = random_rows(policy.causal_lm.config.vocab_size, (40,))
     (expected,) = full_log_dists(copy.deepcopy(policy.model).double(), rows)
+    (float32,) = full_log_dists(policy.model, rows)
+    sampled = torch.arange(39), rows[0][1:]
     with torch.no_grad():
         score = policy.score(
             torch.tensor(rows), torch.zeros(39, dtype=torch.long), torch.arange(1, 40)
         )
-    assert (score.logprobs - expected[torch.arange(39), rows[0][1:]]).abs().max() < 1e-5
+    error = (score.logprobs - expected[sampled]).abs().max()
+    assert error < 2 * (float32[sampled] - expected[sampled]).abs().max() < 5e-5
 
 
 def test_oracle_score_has_the_gradient_of_the_full_forward():
@@ -172,7 +175,7 @@ def test_oracle_sampler_matches_every_family(family):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_oracle_number_of_environments_changes_nothing(kind, cloned_policy):
-    agent = lake_agent(cloned_policy(kind), max_steps=6)
+    agent = lake_agent(cloned_policy(kind), max_steps=12)
     env_counts = (1, 16) if kind == "nf4" else (1, 4, 16)
     episodes = {n: collect(agent, episodes=17, num_envs=n, seed=3) for n in env_counts}
     # episodes differ in length, so environments are reset at different steps
