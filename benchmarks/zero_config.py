@@ -277,8 +277,8 @@ def main() -> int:
     arguments = parser.parse_args()
     jobs = [
         (learner, name, seed, arguments.scale, arguments.set if learner == "llamagym" else "{}")
+        for seed in range(arguments.seeds)  # whole tables first
         for name in arguments.env.split(",")
-        for seed in range(arguments.seeds)
         for learner in arguments.learners.split(",")
     ]
     rows = run(
