@@ -22,6 +22,7 @@ from transformers import DynamicCache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..inference.kv_cache import additive_masks, cache_unsupported_reason
+from ..models.length_limits import batching_limit, side_by_side
 from ..models.packing import deduplicate_rows, pack_by_length, pad_rows
 from ..models.policy import Policy
 
@@ -135,9 +136,42 @@ def _take(items: Sequence, indices: Sequence[int]) -> list:
     return [items[i] for i in indices] if len(items) else []
 
 
+def _forward_groups(
+    policy: Policy,
+    groups: Sequence[np.ndarray],  # indices of rows that run in one forward pass each
+    rows: Sequence[np.ndarray],
+    row_index: Tensor,
+    position: Tensor,
+    share_prefix: bool,
+    branches: Sequence[np.ndarray],
+) -> Tensor:
+    "Compute `hidden_states` of rows that all differ, one group after the other"
+    if len(groups) == 1:
+        return _forward_distinct_rows(policy, rows, row_index, position, share_prefix, branches)
+    out = None
+    for group in groups:
+        index_in_group = torch.full((len(rows),), -1, device=row_index.device)
+        index_in_group[torch.from_numpy(group).to(row_index.device)] = torch.arange(
+            len(group), device=row_index.device
+        )
+        selected = (index_in_group[row_index] >= 0).nonzero().squeeze(-1)
+        hidden = _forward_distinct_rows(
+            policy,
+            _take(rows, group),
+            index_in_group[row_index[selected]],
+            position[selected],
+            share_prefix,
+            _take(branches, group),
+        )
+        if out is None:
+            out = hidden.new_empty(len(row_index), hidden.shape[-1])
+        out[selected] = hidden
+    return out
+
+
 def hidden_states(
     policy: Policy,  # whose backbone runs
-    rows: Sequence[np.ndarray],  # token ids, all in one forward pass
+    rows: Sequence[np.ndarray],  # token ids, all in one forward pass if they can be
     row_index: Tensor,  # int64 [P] row of each position, on the policy's device
     position: Tensor,  # int64 [P] index in that row
     share_prefix: bool = True,  # run a shared prefix once, if that pays off
@@ -145,9 +179,12 @@ def hidden_states(
 ) -> Tensor:  # [P, H] in the backbone's floating-point type, with gradient
     "Compute hidden states at chosen positions of rows; equal rows run once"
     distinct, distinct_of_row = deduplicate_rows(rows, branches)
-    return _forward_distinct_rows(
+    rows = _take(rows, distinct)
+    lengths = np.array([len(row) for row in rows])
+    return _forward_groups(
         policy,
-        _take(rows, distinct),
+        side_by_side(lengths, batching_limit(policy.causal_lm)),
+        rows,
         torch.from_numpy(distinct_of_row).to(row_index.device)[row_index],
         position,
         share_prefix,
@@ -170,25 +207,13 @@ def hidden_states_no_grad(
     branches = _take(branches, distinct)
     row_index = torch.from_numpy(distinct_of_row).to(policy.device)[row_index.to(policy.device)]
     position = position.to(policy.device)
-    out = None
-    for group in pack_by_length(np.array([len(row) for row in rows]), token_budget):
-        index_in_group = torch.full((len(rows),), -1, device=policy.device)
-        index_in_group[torch.from_numpy(group).to(policy.device)] = torch.arange(
-            len(group), device=policy.device
-        )
-        selected = (index_in_group[row_index] >= 0).nonzero().squeeze(-1)
-        hidden = _forward_distinct_rows(
-            policy,
-            _take(rows, group),
-            index_in_group[row_index[selected]],
-            position[selected],
-            share_prefix=True,
-            branches=_take(branches, group),
-        )
-        if out is None:
-            out = hidden.new_empty(len(row_index), hidden.shape[-1])
-        out[selected] = hidden
-    return out
+    lengths = np.array([len(row) for row in rows])
+    groups = [
+        together[group]
+        for together in side_by_side(lengths, batching_limit(policy.causal_lm))
+        for group in pack_by_length(lengths[together], token_budget)
+    ]
+    return _forward_groups(policy, groups, rows, row_index, position, True, branches)
 
 # %% ../../nbs/algorithms/hidden_states.ipynb #d5492f6a
 @contextmanager

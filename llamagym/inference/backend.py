@@ -19,11 +19,10 @@ from .fused_llama import FusedDecoder, gather_positions
 from llamagym.inference.kv_cache import (
     SlotKVCache,
     forward_with_cache,
-    numerical_tolerance,
-    relative_error,
     sliding_window,
 )
-from ..models.policy import head_logits
+from ..models.length_limits import numerical_tolerance
+from ..models.lm_head import head_logits, relative_error
 
 _log = logging.getLogger(__name__)
 

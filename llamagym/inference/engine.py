@@ -6,15 +6,16 @@
 __all__ = ['EngineCore', 'UncachedGenerator', 'RequestValidator', 'Engine']
 
 # %% ../../nbs/inference/engine.ipynb #1a89d39c
+import contextlib
 import math
 import sys
 import time
-from collections.abc import Collection, Hashable, Sequence
+from collections.abc import Collection, Hashable, Iterator, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessorList
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
 
 from ..chat.reasoning import ReasoningMarkers
 from ..config import GenerateConfig
@@ -24,6 +25,7 @@ from .model_runner import BatchRunner, EngineStats
 from .sampling import Sampler
 from .scheduler import Scheduler
 from .sequence import Request, Sample, SequenceState
+from ..models.lm_head import reset_rotary
 from ..models.policy import Policy
 
 # %% ../../nbs/inference/engine.ipynb #38025d0e
@@ -117,6 +119,17 @@ class EngineCore:
         return completed[::-1]
 
 # %% ../../nbs/inference/engine.ipynb #c0d38001
+@contextlib.contextmanager
+def _own_settings_ignored(model: PreTrainedModel) -> Iterator[None]:
+    "Within the context, `generate` takes no setting from the checkpoint's generation config"
+    own = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
 class UncachedGenerator:
     "Generation of whole responses through `generate` of transformers"
 
@@ -148,12 +161,15 @@ class UncachedGenerator:
             pad_token_id=self.policy.pad_id,
         )
         processor = LogitsProcessorList([lambda _, scores: self._sample(sequences, scores)])
-        self.policy.active_model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            generation_config=settings,
-            logits_processor=processor,
-        )
+        model = self.policy.active_model
+        reset_rotary(model)
+        with _own_settings_ignored(model):
+            model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                generation_config=settings,
+                logits_processor=processor,
+            )
 
     def complete_batch(
         self,

@@ -4,19 +4,26 @@
 
 # %% auto #0
 __all__ = ['Masks', 'KVCacheLayer', 'round_up_capacity', 'SlotKVCache', 'kv_bytes_per_sequence', 'free_gpu_bytes', 'OutOfMemory',
-           'sliding_window', 'additive_masks', 'causal_masks', 'forward_with_cache', 'relative_error',
-           'numerical_tolerance', 'cache_unsupported_reason']
+           'sliding_window', 'additive_masks', 'causal_masks', 'forward_with_cache', 'cache_unsupported_reason']
 
 # %% ../../nbs/inference/kv_cache.ipynb #5875a629
 import logging
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
+
+from llamagym.models.length_limits import (
+    has_length_dependent_rope,
+    limits_to_check,
+    numerical_tolerance,
+    reaches,
+    unbatched_states,
+)
+from ..models.lm_head import backbone_states, random_ids, relative_error, remember_per_model
 
 _log = logging.getLogger(__name__)
 
@@ -270,28 +277,16 @@ def forward_with_cache(
     "Append new tokens to conversations, and return the hidden states of these tokens"
     positions = cache.prepare_append(first_slot, cache_lengths, ids.shape[1], model.device)
     masks = causal_masks(model.config.get_text_config(), positions, cache.kv_length, model.dtype)
-    return model.base_model(
-        input_ids=ids.to(model.device),
+    return backbone_states(
+        model,
+        ids.to(model.device),
         position_ids=positions,
         attention_mask=masks,
         past_key_values=cache,
         use_cache=True,
-    ).last_hidden_state
+    )
 
 # %% ../../nbs/inference/kv_cache.ipynb #291b7863
-def _probe_lengths(config: PreTrainedConfig) -> list[int]:
-    "Return the lengths of two test rows: longer than the sliding window, if that is short"
-    window = sliding_window(config)
-    return [window + 5, window + 9] if window is not None and window <= 256 else [7, 11]
-
-
-def _probe_rows(model: PreTrainedModel, lengths: list[int]) -> list[Tensor]:
-    "Return random ids, the same at every call"
-    generator = torch.Generator().manual_seed(0)
-    vocab_size = model.config.get_text_config().vocab_size
-    return [torch.randint(vocab_size, (n,), generator=generator).to(model.device) for n in lengths]
-
-
 def _forward_chunked(model: PreTrainedModel, rows: list[Tensor]) -> Tensor:
     "Return the [2, H] last hidden states of two rows, computed in three chunks through a cache"
     cache = SlotKVCache(model.config.get_text_config().num_hidden_layers)
@@ -306,88 +301,49 @@ def _forward_chunked(model: PreTrainedModel, rows: list[Tensor]) -> Tensor:
         cache_lengths = ends
     return hidden[torch.arange(2), last]
 
-
-def _forward_unbatched(model: PreTrainedModel, rows: list[Tensor]) -> Tensor:
-    "Return the [n, H] last hidden states of rows, each computed in a forward pass of its own"
-
-    def last_hidden(row: Tensor) -> Tensor:
-        return model.base_model(input_ids=row[None], use_cache=False).last_hidden_state[0, -1]
-
-    return torch.stack([last_hidden(row) for row in rows])
-
-# %% ../../nbs/inference/kv_cache.ipynb #249d1005
-def relative_error(
-    values: Tensor,
-    expected: Tensor,
-) -> float:  # norm of the difference, divided by the norm of the expected values
-    "Compute the relative error of tensors"
-    error = torch.linalg.norm((values - expected).float())
-    return (error / torch.linalg.norm(expected.float())).item()
-
-
-_TOLERANCES: WeakKeyDictionary[PreTrainedModel, float] = WeakKeyDictionary()
-
-
-@torch.no_grad()
-def numerical_tolerance(
-    model: PreTrainedModel,  # a causal LM
-) -> float:  # of `relative_error`
-    "Return the tolerance for hidden states: three times the batched-vs-unbatched difference"
-    if model.dtype == torch.float32:
-        return 1e-3
-    if model not in _TOLERANCES:
-        rows = _probe_rows(model, _probe_lengths(model.config.get_text_config()))
-        batch = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-        hidden = model.base_model(input_ids=batch, use_cache=False).last_hidden_state
-        last = torch.tensor([len(row) - 1 for row in rows])
-        error = relative_error(hidden[torch.arange(2), last], _forward_unbatched(model, rows))
-        _TOLERANCES[model] = max(0.03, 3 * error)
-    return _TOLERANCES[model]
-
 # %% ../../nbs/inference/kv_cache.ipynb #b408ac7b
-def _has_length_dependent_rope(config: PreTrainedConfig) -> bool:
-    "Return whether rotary frequencies change once a sequence is long"
-    rope = getattr(config, "rope_parameters", None) or {}
-    nested = [part for part in rope.values() if isinstance(part, dict)]
-    return any(part.get("rope_type") in ("dynamic", "longrope") for part in [rope, *nested])
-
-
 @torch.no_grad()
-def _check_equivalence(model: PreTrainedModel) -> str | None:
-    "Return why a model cannot use a `SlotKVCache`; `None` if it can"
-    config = model.config.get_text_config()
-    if _has_length_dependent_rope(config):
-        return "its rotary frequencies change with the length of a conversation"
-    supported = {"full_attention", "sliding_attention"}
-    if unsupported := set(getattr(config, "layer_types", None) or ()) - supported:
-        return f"it has layers of {', '.join(sorted(unsupported))}"
-    rows = _probe_rows(model, _probe_lengths(config))
-    expected = _forward_unbatched(model, rows)
+def _difference_at(model: PreTrainedModel, lengths: list[int]) -> str | None:
+    "Return how hidden states with the cache are wrong for rows of these lengths; `None` if right"
+    if not reaches(model, max(lengths)):
+        return None  # No conversation is as long.
+    rows = [random_ids(model, length, seed) for seed, length in enumerate(lengths)]
     try:
         hidden = _forward_chunked(model, rows)
     except torch.OutOfMemoryError:
         raise  # Running out of memory does not show that the model is unsupported.
     except Exception as error:  # The model's code may come from anyone, written for other caches.
         return f"{type(error).__name__}: {error}"
-    gap = relative_error(hidden, expected)
-    if gap <= numerical_tolerance(model):
+    error = relative_error(hidden, unbatched_states(model, rows))
+    if error <= numerical_tolerance(model):
         return None
-    return f"its hidden states with and without the cache differ by {gap:.2g} of their norm"
+    return (
+        f"the hidden states of {max(lengths)} tokens with and without the cache differ by "
+        f"{error:.2g} of their norm"
+    )
 
 
-_UNSUPPORTED_REASONS: WeakKeyDictionary[PreTrainedModel, str | None] = WeakKeyDictionary()
+def _find_reason(model: PreTrainedModel) -> str | None:
+    "Return why a model cannot use a `SlotKVCache`; `None` if it can"
+    config = model.config.get_text_config()
+    if has_length_dependent_rope(config):
+        return "its rotary frequencies change with the length of a conversation"
+    supported = {"full_attention", "sliding_attention"}
+    if unsupported := set(getattr(config, "layer_types", None) or ()) - supported:
+        return f"it has layers of {', '.join(sorted(unsupported))}"
+    for limit in [2, *limits_to_check(model)]:
+        if reason := _difference_at(model, [limit + 5, limit + 9]):
+            return reason
+    return None
 
 
+@remember_per_model
 def cache_unsupported_reason(
     model: PreTrainedModel,  # a causal LM
 ) -> str | None:  # `None` if the model supports the cache
     "Return why a model cannot use a `SlotKVCache`; tested once per model, and logged"
-    if model not in _UNSUPPORTED_REASONS:
-        reason = _UNSUPPORTED_REASONS[model] = _check_equivalence(model)
-        if reason:
-            _log.warning(
-                "%s recomputes the whole conversation at each turn: %s",
-                type(model).__name__,
-                reason,
-            )
-    return _UNSUPPORTED_REASONS[model]
+    reason = _find_reason(model)
+    if reason:
+        name = type(model).__name__
+        _log.warning("%s recomputes the whole conversation at each turn: %s", name, reason)
+    return reason
