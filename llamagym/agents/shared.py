@@ -28,6 +28,7 @@ from ..chat.renderer import ChatRenderer
 from ..config import Config, GenerateConfig
 from ..envs.task import ParsedAction, Retry
 from ..inference.engine import Engine
+from ..models.length_limits import longest_conversation
 from ..models.policy import Policy
 from ..ppo import PPO
 
@@ -186,15 +187,13 @@ class SharedState:
         settings: ConversationSettings,
     ) -> Conversation:
         "Return an empty conversation, limited to the model's context"
-        model_limit = getattr(
-            self.policy.causal_lm.config.get_text_config(), "max_position_embeddings", None
-        )
+        max_length = self.config.context.max_length
         return Conversation(
             self.renderer,
             system_prompt,
             history=settings.history,
             context=settings.context,
-            max_length=self.config.context.max_length or model_limit,
+            max_length=max_length or longest_conversation(self.policy.causal_lm),
             max_new_tokens=self.engine.config.max_new_tokens,
         )
 

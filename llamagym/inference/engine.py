@@ -20,7 +20,7 @@ from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
 from ..chat.reasoning import ReasoningMarkers
 from ..config import GenerateConfig
 from .candidates import CandidateChooser
-from .kv_cache import cache_unsupported_reason
+from .kv_cache import cache_unsupported_reason, require_length
 from .model_runner import BatchRunner, EngineStats
 from .sampling import Sampler
 from .scheduler import Scheduler
@@ -203,8 +203,9 @@ class UncachedGenerator:
 class RequestValidator:
     "Checks of requests, with errors that say what to change"
 
-    def __init__(self, policy: Policy):
+    def __init__(self, policy: Policy, max_new_tokens: int):
         self.policy = policy
+        self.max_new_tokens = max_new_tokens  # of a response
 
     @property
     def max_id(self) -> int:
@@ -231,6 +232,7 @@ class RequestValidator:
         if not self._in_vocabulary(prompt):
             wrong = max(prompt) if max(prompt) > self.max_id else min(prompt)
             raise ValueError(f"{name} holds id {wrong}; expected 0 to {self.max_id}")
+        require_length(self.policy.causal_lm, len(prompt) + self.max_new_tokens)
         if not greedy and not isinstance(rng, np.random.Generator):
             raise TypeError(
                 f"the random generator of {name} is a {type(rng).__name__}; "
@@ -335,7 +337,7 @@ class Engine:
         self.sampler = Sampler(config, stop_ids, apply_top_k_top_p, reasoning, decode)
         self.core = EngineCore(self.scheduler, self.runner, self.sampler)
         self._uncached = UncachedGenerator(policy, self.sampler, self.runner.stats)
-        self._validator = RequestValidator(policy)
+        self._validator = RequestValidator(policy, config.max_new_tokens)
 
     @property
     def config(self) -> GenerateConfig:

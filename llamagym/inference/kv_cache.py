@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['Masks', 'KVCacheLayer', 'round_up_capacity', 'SlotKVCache', 'kv_bytes_per_sequence', 'free_gpu_bytes', 'OutOfMemory',
-           'sliding_window', 'additive_masks', 'causal_masks', 'forward_with_cache', 'cache_unsupported_reason']
+           'sliding_window', 'additive_masks', 'causal_masks', 'forward_with_cache', 'cache_unsupported_reason',
+           'require_length']
 
 # %% ../../nbs/inference/kv_cache.ipynb #5875a629
 import logging
@@ -17,10 +18,13 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from llamagym.models.length_limits import (
+    batching_limit,
     has_length_dependent_rope,
+    length_limits,
     limits_to_check,
     numerical_tolerance,
     reaches,
+    rows_differ,
     unbatched_states,
 )
 from ..models.lm_head import backbone_states, random_ids, relative_error, remember_per_model
@@ -347,3 +351,35 @@ def cache_unsupported_reason(
         name = type(model).__name__
         _log.warning("%s recomputes the whole conversation at each turn: %s", name, reason)
     return reason
+
+# %% ../../nbs/inference/kv_cache.ipynb #cf00e662
+@remember_per_model
+def _unchecked_limits(model: PreTrainedModel) -> list[int]:
+    "List the limits that are too long to check in advance; those checked later are removed"
+    return [n for n in length_limits(model.config) if n not in limits_to_check(model)]
+
+
+def require_length(
+    model: PreTrainedModel,  # a causal LM
+    length: int,  # tokens of a conversation, its next response included
+) -> None:
+    "Raise `ValueError` if conversations of this length would be computed wrongly"
+    name, advice = type(model).__name__, "shorten it with context.turns, or set context.max_length"
+    limit = batching_limit(model)
+    if limit and length > limit:
+        raise ValueError(
+            f"a conversation of {length} tokens: {name} changes its hidden states of earlier "
+            f"tokens beyond {limit}; {advice}={limit}"
+        )
+    unchecked = _unchecked_limits(model)
+    while unchecked and unchecked[0] < length:
+        limit = unchecked[0]
+        wrong = rows_differ(model, [limit // 2 + 3, limit + 5])
+        if cache_unsupported_reason(model) is None:
+            wrong = wrong or _difference_at(model, [limit + 5, limit + 9])
+        if wrong:
+            raise ValueError(
+                f"a conversation of {length} tokens: {name} can be served up to {limit} tokens, "
+                f"since beyond them batches and caches change its hidden states; {advice}={limit}"
+            )
+        unchecked.pop(0)

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['ATTENTION_LIMITS', 'POSITION_LIMITS', 'CHECK_BUDGET', 'has_length_dependent_rope', 'length_limits', 'is_affordable',
            'limits_to_check', 'reaches', 'unbatched_states', 'batched_states', 'numerical_tolerance', 'rows_differ',
-           'batching_limit', 'side_by_side']
+           'batching_limit', 'longest_conversation', 'side_by_side']
 
-# %% ../../nbs/models/length_limits.ipynb #35a57c22
+# %% ../../nbs/models/length_limits.ipynb #3374110c
 from collections.abc import Sequence
 
 import numpy as np
@@ -22,7 +22,7 @@ from llamagym.models.lm_head import (
     remember_per_model,
 )
 
-# %% ../../nbs/models/length_limits.ipynb #fb6f978e
+# %% ../../nbs/models/length_limits.ipynb #b909f8a0
 ATTENTION_LIMITS = ("window", "chunk")  # parts of fields' names
 POSITION_LIMITS = ("max_position", "n_positions", "n_ctx", "max_seq")
 
@@ -55,7 +55,7 @@ def length_limits(
     search(config.get_text_config().to_dict())
     return sorted(found)
 
-# %% ../../nbs/models/length_limits.ipynb #620079f1
+# %% ../../nbs/models/length_limits.ipynb #e7b696a9
 # operations of one forward pass of a check, at most
 CHECK_BUDGET = {"cpu": 4e9, "cuda": 4e13}
 
@@ -77,7 +77,7 @@ def limits_to_check(
     "List the limits around which checks are affordable"
     return [limit for limit in length_limits(model.config) if is_affordable(model, limit)]
 
-# %% ../../nbs/models/length_limits.ipynb #1635af4b
+# %% ../../nbs/models/length_limits.ipynb #e72021e9
 @torch.no_grad()
 def reaches(
     model: PreTrainedModel,  # a causal LM
@@ -92,7 +92,7 @@ def reaches(
         return False
     return True
 
-# %% ../../nbs/models/length_limits.ipynb #4dea19c3
+# %% ../../nbs/models/length_limits.ipynb #6ca39262
 def unbatched_states(
     model: PreTrainedModel,  # a causal LM
     rows: Sequence[Tensor],  # int64 token ids
@@ -123,7 +123,7 @@ def numerical_tolerance(
     error = relative_error(batched_states(model, rows), unbatched_states(model, rows))
     return max(0.03, 3 * error)
 
-# %% ../../nbs/models/length_limits.ipynb #81586121
+# %% ../../nbs/models/length_limits.ipynb #048d342e
 @torch.no_grad()
 def rows_differ(
     model: PreTrainedModel,  # a causal LM
@@ -146,6 +146,15 @@ def batching_limit(
         if reaches(model, limit + 9) and rows_differ(model, [limit // 2 + 3, limit + 5, limit + 9]):
             return limit
     return None
+
+
+def longest_conversation(
+    model: PreTrainedModel,  # a causal LM
+) -> int | None:  # tokens; `None` without a limit
+    "Return how long a conversation can be: to the model's last position, or to `batching_limit`"
+    config = model.config.get_text_config()
+    limits = getattr(config, "max_position_embeddings", None), batching_limit(model)
+    return min((limit for limit in limits if limit), default=None)
 
 
 def side_by_side(

@@ -79,7 +79,7 @@ SPLITS = {
     "head": (_head_hidden, _head_logits),
 }
 
-# %% ../../nbs/models/lm_head.ipynb #40fe181b
+# %% ../../nbs/models/lm_head.ipynb #28ef6725
 @dataclass
 class Split:
     "How a model is taken apart"
