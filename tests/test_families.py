@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-from families import FAMILIES, family_model
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
@@ -15,6 +14,7 @@ from llamagym.algorithms.hidden_states import (
 from llamagym.config import GenerateConfig, LoRAConfig
 from llamagym.inference.engine import Engine
 from llamagym.inference.kv_cache import cache_unsupported_reason, require_length
+from llamagym.models.families import TESTED_FAMILIES, family_model
 from llamagym.models.length_limits import (
     CHECK_BUDGET,
     batching_limit,
@@ -28,7 +28,7 @@ from llamagym.models.tiny import tiny_model, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
 LENGTH_DEPENDENT = ("phi3 longrope", "llama dynamic")
-each_family = pytest.mark.parametrize("family", FAMILIES)
+each_family = pytest.mark.parametrize("family", TESTED_FAMILIES)
 
 
 def random_rows(*lengths: int) -> list[np.ndarray]:
@@ -97,7 +97,9 @@ def test_family_learns_like_transformers(family):
     policy = Policy(family_model(family), TOKENIZER)
     rows = random_rows(12, 20)
     row_logprobs(policy, rows, 1).sum().backward()
-    gradients = {n: p.grad.clone() for n, p in policy.model.named_parameters() if p.grad is not None}
+    gradients = {
+        n: p.grad.clone() for n, p in policy.model.named_parameters() if p.grad is not None
+    }
     policy.model.zero_grad(set_to_none=True)
     own_logprobs(policy.model, rows[1]).sum().backward()
     expected = {n: p.grad for n, p in policy.model.named_parameters() if p.grad is not None}
@@ -136,14 +138,14 @@ def test_family_is_saved_and_merged(family, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", [family for family in FAMILIES if family not in SAVED])
+@pytest.mark.parametrize("family", [family for family in TESTED_FAMILIES if family not in SAVED])
 def test_every_family_is_saved_and_merged(family, tmp_path):
     check_saved_and_merged(family, tmp_path)
 
 
 def test_families_take_the_paths_that_they_should():
     """At least 45 families; the plain path exactly where a family needs it"""
-    assert len(FAMILIES) >= 45
+    assert len(TESTED_FAMILIES) >= 45
     reasons = {f: cache_unsupported_reason(family_model(f)) for f in ("gpt2", "gpt_neo", "bloom")}
     assert reasons["gpt2"] is None
     assert "differ by" in reasons["gpt_neo"], "its local window counts from the end of the batch"
@@ -248,3 +250,22 @@ def test_adapters_leave_experts_and_routers_alone():
     adapted = {name for name, p in model.named_parameters() if p.requires_grad}
     assert adapted
     assert not [name for name in adapted if "expert" in name or ".gate." in name]
+
+
+def test_generation_config_eos_list_ends_responses():
+    """All end-of-sequence ids of the checkpoint stop a response, its other settings change nothing"""
+    from llamagym.agent import Agent
+    from llamagym.envs.toy_text import blackjack
+
+    policy = Policy(tiny_model("llama"), TOKENIZER)
+    assert policy.tokenizer.eos_token_id == 2
+    policy.causal_lm.generation_config.eos_token_id = [2, 3, 400]  # 400 is a word
+    assert policy.eos_ids == (2, 3)
+    agent = Agent.for_task(blackjack(), policy)
+    assert agent.engine.sampler.stop_ids == {2, 3}
+    conversation = agent.conversation("Play.")
+    conversation.add_user("You: 12.")
+    conversation.add_response([30, 3], stopped=True)
+    ids = conversation.add_user("You: 15.")
+    text = TOKENIZER.decode(ids)
+    assert text.count("You: 12.") == 1 and text.endswith("You: 15.<|end|><|assistant|>")

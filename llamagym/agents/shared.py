@@ -123,7 +123,7 @@ def make_engine(
     apply_top_k_top_p: bool = False,  # for evaluation only: training cannot use them
 ) -> Engine:
     "Return an engine that samples from a policy, with its own chat template and stop tokens"
-    renderer = ChatRenderer.for_tokenizer(policy.tokenizer)
+    renderer = ChatRenderer.for_tokenizer(policy.tokenizer, policy.eos_ids)
     return Engine(
         policy,
         renderer.stop_ids,
@@ -178,7 +178,7 @@ class SharedState:
             config.trainer.seed,
             length_normalized=generate.length_normalized,
         )
-        renderer = ChatRenderer.for_tokenizer(policy.tokenizer)
+        renderer = ChatRenderer.for_tokenizer(policy.tokenizer, policy.eos_ids)
         return cls(policy, config, renderer, make_engine(policy, config, generate), learner)
 
     def new_conversation(

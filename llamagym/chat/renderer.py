@@ -8,7 +8,7 @@ __all__ = ['NO_STOP_TOKENS', 'encode_user_turn', 'PromptEncoder', 'find_stop_tok
 # %% ../../nbs/chat/renderer.ipynb #f39ca891
 import re
 import warnings
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from functools import cached_property, lru_cache
 from itertools import takewhile
 from typing import Any
@@ -129,7 +129,7 @@ def find_stop_tokens(
     separator_ids: Sequence[int],  # ids between a response and the next observation
     final_ids: Sequence[int],  # ids that the template writes after a final response
     special_tokens: SpecialTokens,
-    eos_id: int | None,  # the tokenizer's end-of-sequence id
+    eos_ids: Iterable[int],  # ids that end a sequence, by the tokenizer or the checkpoint
 ) -> dict[int, int]:  # stop id → separator ids that it replaces; the template's own first
     "Return the ids that end a response, and where the separator goes on after each"
     own_end = special_tokens.ids_in(separator_ids)[:1]
@@ -137,9 +137,11 @@ def find_stop_tokens(
     num_replaced = {}
     for stop_id in end_of_turn:
         num_replaced[stop_id] = separator_ids.index(own_end[0]) + 1 if own_end else 0
-    if eos_id is not None and eos_id not in num_replaced:
-        pairs = takewhile(lambda pair: pair[0] == pair[1], zip(separator_ids, final_ids))
-        closing = [i for i, _ in pairs]
+    pairs = takewhile(lambda pair: pair[0] == pair[1], zip(separator_ids, final_ids))
+    closing = [i for i, _ in pairs]
+    for eos_id in eos_ids:
+        if eos_id in num_replaced:
+            continue
         # It may be one of the later ids that close a turn.
         num_replaced[eos_id] = closing.index(eos_id) + 1 if eos_id in closing else 0
     return num_replaced
@@ -228,6 +230,7 @@ class ChatRenderer:
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,  # without a chat template: `PLAIN_TEMPLATE`
+        eos_ids: Iterable[int] = (),  # ids that end a response, besides the tokenizer's own
     ):
         self.tokenizer = _require_tokenizer(tokenizer)
         self.template = ChatTemplate(tokenizer)
@@ -238,8 +241,9 @@ class ChatRenderer:
         self.special_tokens = find_special_tokens(tokenizer, self.template.source + written)
         self.separator_ids = encode_continuation(tokenizer, self.next_turn.prefix)
         final_ids = encode_continuation(tokenizer, final)
+        own_eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         self.separator_offset = find_stop_tokens(
-            self.separator_ids, final_ids, self.special_tokens, tokenizer.eos_token_id
+            self.separator_ids, final_ids, self.special_tokens, [*own_eos, *eos_ids]
         )
         self.stop_ids = frozenset(self.separator_offset)
         if not self.separator_offset:
@@ -251,13 +255,14 @@ class ChatRenderer:
     @staticmethod
     def for_tokenizer(
         tokenizer: "PreTrainedTokenizerBase | ChatRenderer",
+        eos_ids: tuple[int, ...] = (),  # ids that end a response, besides the tokenizer's own
     ) -> "ChatRenderer":
         "Return the renderer of a tokenizer: one object until its template or vocabulary changes"
         if isinstance(tokenizer, ChatRenderer):
             return tokenizer
         template = _require_tokenizer(tokenizer).chat_template and tokenizer.get_chat_template()
         ids = (tokenizer.bos_token_id, tokenizer.eos_token_id)
-        return _cached_renderer(tokenizer, (template, len(tokenizer), *ids))
+        return _cached_renderer(tokenizer, eos_ids, (template, len(tokenizer), *ids))
 
     def encode_first_turn(
         self,
@@ -318,5 +323,7 @@ class ChatRenderer:
 
 
 @lru_cache(maxsize=8)
-def _cached_renderer(tokenizer: PreTrainedTokenizerBase, version: Hashable) -> ChatRenderer:
-    return ChatRenderer(tokenizer)
+def _cached_renderer(
+    tokenizer: PreTrainedTokenizerBase, eos_ids: tuple[int, ...], version: Hashable
+) -> ChatRenderer:
+    return ChatRenderer(tokenizer, eos_ids)

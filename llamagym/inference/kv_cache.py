@@ -352,7 +352,7 @@ def cache_unsupported_reason(
         _log.warning("%s recomputes the whole conversation at each turn: %s", name, reason)
     return reason
 
-# %% ../../nbs/inference/kv_cache.ipynb #cf00e662
+# %% ../../nbs/inference/kv_cache.ipynb #07a34f03
 @remember_per_model
 def _unchecked_limits(model: PreTrainedModel) -> list[int]:
     "List the limits that are too long to check in advance; those checked later are removed"

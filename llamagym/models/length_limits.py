@@ -7,7 +7,7 @@ __all__ = ['ATTENTION_LIMITS', 'POSITION_LIMITS', 'CHECK_BUDGET', 'has_length_de
            'limits_to_check', 'reaches', 'unbatched_states', 'batched_states', 'numerical_tolerance', 'rows_differ',
            'batching_limit', 'longest_conversation', 'side_by_side']
 
-# %% ../../nbs/models/length_limits.ipynb #3374110c
+# %% ../../nbs/models/length_limits.ipynb #46d8a576
 from collections.abc import Sequence
 
 import numpy as np
@@ -22,7 +22,7 @@ from llamagym.models.lm_head import (
     remember_per_model,
 )
 
-# %% ../../nbs/models/length_limits.ipynb #b909f8a0
+# %% ../../nbs/models/length_limits.ipynb #aaa21384
 ATTENTION_LIMITS = ("window", "chunk")  # parts of fields' names
 POSITION_LIMITS = ("max_position", "n_positions", "n_ctx", "max_seq")
 
@@ -55,7 +55,7 @@ def length_limits(
     search(config.get_text_config().to_dict())
     return sorted(found)
 
-# %% ../../nbs/models/length_limits.ipynb #e7b696a9
+# %% ../../nbs/models/length_limits.ipynb #91d4e73a
 # operations of one forward pass of a check, at most
 CHECK_BUDGET = {"cpu": 4e9, "cuda": 4e13}
 
@@ -77,7 +77,7 @@ def limits_to_check(
     "List the limits around which checks are affordable"
     return [limit for limit in length_limits(model.config) if is_affordable(model, limit)]
 
-# %% ../../nbs/models/length_limits.ipynb #e72021e9
+# %% ../../nbs/models/length_limits.ipynb #33693115
 @torch.no_grad()
 def reaches(
     model: PreTrainedModel,  # a causal LM
@@ -92,7 +92,7 @@ def reaches(
         return False
     return True
 
-# %% ../../nbs/models/length_limits.ipynb #6ca39262
+# %% ../../nbs/models/length_limits.ipynb #6feefb1a
 def unbatched_states(
     model: PreTrainedModel,  # a causal LM
     rows: Sequence[Tensor],  # int64 token ids
@@ -123,7 +123,7 @@ def numerical_tolerance(
     error = relative_error(batched_states(model, rows), unbatched_states(model, rows))
     return max(0.03, 3 * error)
 
-# %% ../../nbs/models/length_limits.ipynb #048d342e
+# %% ../../nbs/models/length_limits.ipynb #c63f6b41
 @torch.no_grad()
 def rows_differ(
     model: PreTrainedModel,  # a causal LM

@@ -79,7 +79,7 @@ SPLITS = {
     "head": (_head_hidden, _head_logits),
 }
 
-# %% ../../nbs/models/lm_head.ipynb #28ef6725
+# %% ../../nbs/models/lm_head.ipynb #ae3f4d5c
 @dataclass
 class Split:
     "How a model is taken apart"

@@ -196,6 +196,13 @@ class Policy:
         "Record a change of the weights that torch cannot detect, such as an 8-bit optimizer's step"
         self._bumps += 1
 
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        "The special tokens that end a response, by the checkpoint's generation config"
+        ids = self.causal_lm.generation_config.eos_token_id
+        ids = [ids] if isinstance(ids, int) else ids or []
+        return tuple(i for i in ids if i in self.tokenizer.all_special_ids)
+
     def parameters(self) -> list[nn.Parameter]:
         "Return the trained parameters: those of the adapter, or of the whole model"
         return [p for p in self.model.parameters() if p.requires_grad]
