@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
 from peft import (
     LoraConfig,
     PeftConfig,
@@ -46,7 +47,7 @@ KINDS = (
     PeftType.LN_TUNING,
 )
 
-BASE_CHANGING_INITS = ("pissa", "olora", "loftq", "corda", "lora_ga")
+BASE_CHANGING_INITS = ("pissa", "olora", "corda", "lora_ga")
 _OTHER_INITS = ("true", "false", "gaussian", "orthogonal", "eva", "mica")
 
 # Options of LoRA that may have any value. All others must have their default.
@@ -93,6 +94,12 @@ def changes_base(
 def _check_lora(config: LoraConfig) -> None:
     "Raise `ValueError` if an option of LoRA is not supported"
     init = str(config.init_lora_weights).lower()
+    if init == "loftq":
+        raise ValueError(
+            "LoraConfig(init_lora_weights='loftq') rounds the base in memory and keeps it in 16 or "
+            "32 bits; load the base in 4 bits, add LoRA without this option, and call "
+            "peft.replace_lora_weights_loftq(model)"
+        )
     if not init.startswith(BASE_CHANGING_INITS) and init not in _OTHER_INITS:
         raise ValueError(
             f"LoraConfig(init_lora_weights={config.init_lora_weights!r}) is not supported; "
@@ -199,7 +206,14 @@ def _check_layers(model: PeftModel, adapter: str) -> None:
                 f"the adapters {module.merged_adapters} are merged into the base model; "
                 "call model.unmerge_adapter() first, or model.merge_and_unload() and add a new one"
             )
-    if not getattr(model.peft_config[adapter], "lora_bias", False):
+    config, embeddings = model.peft_config[adapter], model.get_input_embeddings()
+    if getattr(config, "ensure_weight_tying", False) and isinstance(embeddings, BaseTunerLayer):
+        raise ValueError(
+            "the adapter has ensure_weight_tying=True with the embeddings in target_modules, which "
+            "peft ties in the first adapter of a model only; leave ensure_weight_tying out, or "
+            "train the embeddings themselves: modules_to_save=['embed_tokens']"
+        )
+    if not getattr(config, "lora_bias", False):
         return
     for name, module in model.named_modules():
         if isinstance(module, BaseTunerLayer) and adapter_weights(module, adapter):
@@ -429,7 +443,10 @@ def checkpoint_files(
     if Path(name).is_dir():
         return [str(file) for file in sorted(Path(name).glob("*.safetensors"))]
     for file in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME):
-        path = try_to_load_from_cache(name, file)
+        try:
+            path = try_to_load_from_cache(name, file)
+        except HFValidationError:  # a path that is no longer there
+            return []
         if isinstance(path, str):
             return [str(file) for file in sorted(Path(path).parent.glob("*.safetensors"))]
     return []

@@ -572,7 +572,7 @@ def check_merged(
     merged: PreTrainedModel,  # the policy's base, with the adapter merged into it
 ) -> None:
     "Raise `RuntimeError` if a merged model computes another distribution than its policy"
-    vocabulary = policy.causal_lm.get_input_embeddings().num_embeddings
+    vocabulary = merged.get_input_embeddings().num_embeddings
     ids = torch.arange(16, device=policy.device)[None] * 977 % vocabulary
     expected = policy.active_model(input_ids=ids, use_cache=False).logits.float().log_softmax(-1)
     logprobs = merged(input_ids=ids, use_cache=False).logits.float().log_softmax(-1)
@@ -591,16 +591,18 @@ def write_merged(
 ) -> Path:  # the folder
     "Write base and adapter as one checkpoint"
     with atomic_folder(path) as folder, tempfile.TemporaryDirectory() as saved, no_progress_bars():
-        model = policy.causal_lm
+        model, is_quantized = policy.causal_lm, False
         if policy.adapter is not None:
             # A new base model is loaded, because merging changes it in place.
             source = write_policy(policy, Path(saved) / "policy")
             model = read_base(source, read_metadata(source), policy.device)
-            if getattr(model, "is_quantized", False):
+            if is_quantized := getattr(model, "is_quantized", False):
                 model = model.dequantize()
+                model.is_loaded_in_4bit = False
             model = PeftModel.from_pretrained(model, adapter_folder(source, policy.adapter))
             model = merge_into_base(model.eval())
             check_merged(policy, model)
-        model.save_pretrained(folder)
+        # The layout of 4-bit files, which transformers would restore, does not fit these weights.
+        model.save_pretrained(folder, save_original_format=not is_quantized)
         policy.tokenizer.save_pretrained(folder)
     return Path(path)
