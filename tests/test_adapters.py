@@ -15,13 +15,16 @@ from peft.tuners.lora.loraga import preprocess_loraga
 from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from llamagym.agent import Agent
-from llamagym.config import Config, GenerateConfig, LoRAConfig
+from llamagym.config import Config, GenerateConfig, LoRAConfig, WarmstartConfig
+from llamagym.envs.baselines import RandomAgent, play
 from llamagym.envs.toy_text import frozen_lake
 from llamagym.inference.engine import Engine
 from llamagym.models.adapters import matches_checkpoint
 from llamagym.models.policy import Policy
 from llamagym.models.reference import add_lora
 from llamagym.models.tiny import tiny_model, tiny_tokenizer
+from llamagym.rollout import collect
+from llamagym.training.cloning import clone
 
 IDS = torch.tensor([[1, 20, 30, 40, 50, 60]])
 TARGETS = ["q_proj", "v_proj", "down_proj"]
@@ -233,11 +236,46 @@ def test_adapters_of_two_agents_update_alone():
     optimized = {id(p) for g in agent.learner.optimizer.param_groups for p in g["params"]}
     assert not optimized & {id(p) for p in black.parameters()}
     assert {id(p) for p in white.parameters()} <= optimized
-    episodes = agent.collect(4) if hasattr(agent, "collect") else None
-    if episodes is not None:
-        agent.learner.update(episodes)
-        assert any(not torch.equal(a, b) for a, b in zip(before, white.parameters()))
+    black.model.set_adapter("black")
+    episodes = collect(agent, episodes=4, num_envs=4)
+    assert agent.learner.update(episodes)["max_logprob_diff"] < 1e-4
+    assert any(not torch.equal(a, b) for a, b in zip(before, white.parameters()))
     assert torch.equal(computed(black), truth["black"])
+    assert_close(computed(white), logprobs_of_adapter(white.model, "white"), 1e-5)
+
+
+def test_adapters_of_two_agents_clone_alone():
+    pytest.importorskip("trl")
+    white, black, truth = two_players("llama")
+    task = frozen_lake(slippery=False)
+    agent = Agent.for_task(task, white)
+    black.model.set_adapter("black")
+    transcripts = play(task, RandomAgent(task), 4)
+    clone(agent, transcripts, WarmstartConfig(epochs=1), progress=False)
+    assert_apart(computed(white), truth["white"])
+    assert_close(reference_of(white), computed(white), 1e-5)
+    assert torch.equal(computed(black), truth["black"])
+    assert all(p.requires_grad for p in [*white.parameters(), *black.parameters()])
+
+
+def test_adapters_switched_off_by_the_user_stay_off():
+    policy = Policy(adapted(lora()), tiny_tokenizer())
+    expected, version = computed(policy), policy.version
+    with policy.model.disable_adapter():
+        assert torch.equal(computed(policy), logprobs(tiny_model("smollm").eval()))
+        assert policy.version != version
+    assert torch.equal(computed(policy), expected) and policy.version == version
+
+
+@pytest.mark.parametrize("kind", ["embeddings", "tokens", "saved_both", "dora", "norms", "ia3"])
+def test_adapters_of_each_kind_sample_in_the_engine(kind):
+    policy = Policy(adapted(SUPPORTED[kind]), tiny_tokenizer())
+    prompts = [[1, 20, 30, 40], [1, 77, 30]]
+    samples = Engine(policy, (), GenerateConfig(max_new_tokens=6)).sample(
+        prompts, [None, None], greedy=True
+    )
+    for prompt, sample in zip(prompts, samples):
+        assert list(sample.ids) == greedy_oracle(policy.model, "default", prompt, 6)
 
 
 def test_adapters_of_two_policies_save_and_load_alone(tmp_path):

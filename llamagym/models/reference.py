@@ -86,8 +86,11 @@ class ReferenceModel:
 
     @property
     def active_adapter(self) -> str | None:
-        "Name of the adapter to compute with now; `None`: the base alone"
-        if self.is_base_active:
+        "Name of the adapter to compute with now; `None`: the base alone, or a model without any"
+        if self.adapter is None:
+            return None
+        # A user may have switched adapters off: `with model.disable_adapter():`.
+        if self.is_base_active or not self.model.has_active_enabled_adapter:
             return None
         return self.copy_name if self.is_active else self.adapter
 
