@@ -308,9 +308,10 @@ def test_oracle_reference_is_the_policy_after_cloning(kind, cloned_policy):
     assert not torch.equal(backbone(policy), hidden)
     with policy.as_reference():
         assert torch.equal(backbone(policy), hidden)  # the reference has not changed
-    assert not any(
-        p.requires_grad for n, p in policy.model.named_parameters() if ".reference." in n
-    )
+    name = policy.reference.copy_name
+    frozen = [p for n, p in policy.model.named_parameters() if f".{name}." in n]
+    assert len(frozen) == (0 if kind == "plain" else len(policy.parameters()))
+    assert not any(p.requires_grad for p in frozen)
 
 
 @pytest.mark.parametrize("kind", ["lora", "nf4"])

@@ -260,9 +260,15 @@ def restored_afterwards(policy: Policy) -> Iterator[None]:
     use_cache = policy.causal_lm.config.use_cache
     modules = {policy.model, policy.causal_lm}
     own_forward = [(m, {k: v for k, v in vars(m).items() if k == "forward"}) for m in modules]
+    own = {id(p) for p in policy.parameters()}
+    others = [p for p in policy.model.parameters() if p.requires_grad and id(p) not in own]
+    for parameter in others:  # of policies that share the model
+        parameter.requires_grad_(False)
     try:
         yield
     finally:
+        for parameter in others:
+            parameter.requires_grad_()
         policy.model.eval()
         policy.model.zero_grad(set_to_none=True)
         policy.value_head.zero_grad(set_to_none=True)

@@ -265,22 +265,11 @@ def tolerance_of(
     return 1e-3 if policy.causal_lm.dtype == torch.float32 else 0.03
 
 
-@contextmanager
-def _without_adapter(policy: Policy) -> Iterator[None]:
-    "Compute with the base model's weights alone"
-    policy.model.base_model.disable_adapter_layers()
-    try:
-        yield
-    finally:
-        policy.model.base_model.enable_adapter_layers()
-        policy.model.set_adapter(policy.adapter)
-
-
 def _other_weights(policy: Policy) -> dict[str, Callable]:
     "Return the contexts in which a policy computes with other weights, by name"
     contexts: dict[str, Callable] = {}
     if policy.adapter is not None:
-        contexts["base"] = lambda: _without_adapter(policy)
+        contexts["base"] = policy.reference.activate_base
     if policy.reference.is_set:
         contexts["reference"] = policy.as_reference
     return contexts
@@ -295,13 +284,10 @@ def rescore(
     temperature = agent.learner.temperature
     result = Rescoring(score_decisions(agent, chosen), temperature, tolerance_of(policy))
     if not result.agrees:
-        requires_grad = [(p, p.requires_grad) for p in policy.model.parameters()]
         for name, context in _other_weights(policy).items():
             with context():
                 decisions = score_decisions(agent, chosen)
             result.alternatives[name] = decision_logprobs(decisions, temperature)
-        for parameter, required in requires_grad:  # PEFT sets them when an adapter is switched
-            parameter.requires_grad_(required)
     return result
 
 # %% ../../nbs/training/rescoring.ipynb #802f4c56
