@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from llamagym.algorithms.hidden_states import (
@@ -23,7 +22,7 @@ from llamagym.models.length_limits import (
 )
 from llamagym.models.lm_head import find_split, score_tokens
 from llamagym.models.policy import Policy
-from llamagym.models.reference import add_lora
+from llamagym.models.reference import add_lora, has_experts
 from llamagym.models.tiny import tiny_model, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
@@ -244,12 +243,23 @@ def test_family_has_no_dropout_under_gradient_checkpointing(family):
     assert not any(module.training for module in model.modules())
 
 
-def test_adapters_leave_experts_and_routers_alone():
-    model = add_lora(family_model("qwen3_moe"), LoRAConfig(r=2))
-    assert isinstance(model, PeftModel)
+MIXTURES = [family for family in TESTED_FAMILIES if has_experts(family_model(family))]
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+def test_adapters_leave_experts_of_families_alone(family):
+    """By default; the adapted layers are those of the attention, or stand in its place"""
+    assert len(MIXTURES) >= 12
+    model = add_lora(family_model(family), LoRAConfig(r=2))
     adapted = {name for name, p in model.named_parameters() if p.requires_grad}
     assert adapted
-    assert not [name for name in adapted if "expert" in name or ".gate." in name]
+    assert all("attn" in name or "attention" in name for name in adapted)
+
+
+def test_adapters_of_experts_where_they_are_asked_for():
+    targets = ("q_proj", "gate_proj", "up_proj", "down_proj")
+    model = add_lora(family_model("qwen3_moe"), LoRAConfig(r=2, target_modules=targets))
+    assert [name for name, p in model.named_parameters() if p.requires_grad and "experts" in name]
 
 
 def test_generation_config_eos_list_ends_responses():

@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from .adapters import unwrap
+
 # %% ../../nbs/models/lm_head.ipynb #37a0cf1f
 @dataclass
 class _BackboneOutput(BaseModelOutputWithPast):
@@ -104,7 +106,7 @@ def random_ids(
 ) -> Tensor:  # int64 [length], on the model's device
     "Draw token ids of a model's vocabulary, to test its forward pass with"
     vocab_size = causal_lm.config.get_text_config().vocab_size
-    size = min(vocab_size, causal_lm.get_input_embeddings().num_embeddings)
+    size = min(vocab_size, unwrap(causal_lm.get_input_embeddings()).num_embeddings)
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(size, (length,), generator=generator).to(causal_lm.device)
 

@@ -33,6 +33,7 @@ from llamagym.models.adapters import (
     merge_into_base,
     own_weights,
     reloadable_config,
+    unwrap,
     without_adapters,
 )
 from .length_limits import batching_limit, side_by_side
@@ -99,7 +100,7 @@ def padding_id(
 ) -> int:  # fills rows; it is never scored
     "Return the id that rows are padded with. Raises `ValueError` if the model does not know it"
     pad_id = tokenizer.pad_token_id or 0
-    size = causal_lm.get_input_embeddings().num_embeddings
+    size = unwrap(causal_lm.get_input_embeddings()).num_embeddings
     if pad_id >= size:
         raise ValueError(
             f"the tokenizer pads with {tokenizer.pad_token!r}, id {pad_id}, but the model embeds "
