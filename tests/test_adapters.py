@@ -12,7 +12,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.config import CordaConfig
 from peft.tuners.lora.corda import preprocess_corda
 from peft.tuners.lora.loraga import preprocess_loraga
-from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from llamagym.agent import Agent
 from llamagym.config import Config, GenerateConfig, LoRAConfig, WarmstartConfig
@@ -760,3 +761,28 @@ def test_adapters_of_add_lora_with_a_reference_survive_a_copy():
     assert torch.equal(computed(policy), expected)
     assert_close(reference_of(policy), logprobs(tiny_model("smollm").eval()), 1e-5)
     assert_close(reference_of(other), computed(other), 1e-5)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "mixtral"])
+def test_adapters_base_is_compared_under_the_names_of_its_files(family, tmp_path):
+    "GPT-2 files leave out a prefix, GPT-NeoX names its head otherwise, Mixtral splits experts"
+    sizes = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2)
+    if family != "gpt2":
+        sizes |= dict(intermediate_size=32)
+    if family == "mixtral":
+        sizes |= dict(num_key_value_heads=2, num_local_experts=2)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, vocab_size=99, **sizes))
+    model.save_pretrained(tmp_path)
+    if family == "gpt2":
+        file = tmp_path / "model.safetensors"
+        weights = {k.removeprefix("transformer."): v for k, v in load_file(file).items()}
+        save_file(weights, file, metadata={"format": "pt"})
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    for parameter in model.parameters():
+        assert matches_checkpoint(model)
+        before = parameter.detach().clone()
+        with torch.no_grad():
+            parameter.add_(0.1)
+        assert not matches_checkpoint(model)
+        with torch.no_grad():
+            parameter.copy_(before)

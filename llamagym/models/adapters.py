@@ -31,6 +31,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 # %% ../../nbs/models/adapters.ipynb #af855f4b
@@ -489,6 +490,13 @@ def _same_weight(own: Tensor, saved: Tensor, all_rows: bool) -> bool:
     return any(torch.equal(saved.to(t).to(own.dtype), own) for t in types)
 
 
+def _named_as_saved(causal_lm: PreTrainedModel, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    "Return weights with the names, and split in the way, that a checkpoint has them"
+    if getattr(causal_lm, "is_quantized", False):
+        return weights  # packed weights cannot be split
+    return revert_weight_conversion(causal_lm, weights)
+
+
 def matches_checkpoint(
     causal_lm: PreTrainedModel,  # with or without adapters
 ) -> bool:
@@ -498,17 +506,18 @@ def matches_checkpoint(
         return False
     prefix = f"{causal_lm.base_model_prefix}."
     # Weights in 4 bits are packed: these cannot be compared.
-    own = {k: v for k, v in base_weights(causal_lm) if v.is_floating_point()}
+    own = {k: v.detach() for k, v in base_weights(causal_lm) if v.is_floating_point()}
+    own = _named_as_saved(causal_lm, own)
+    remaining = {weight.data_ptr() for weight in own.values()}
     own |= {k.removeprefix(prefix): v for k, v in own.items()}  # as some checkpoints name them
     embeddings = len(unwrap(causal_lm.get_input_embeddings()).weight)
-    num_compared = 0
     for file in files:
         with safe_open(file, "pt") as saved:
             for key in own.keys() & set(saved.keys()):
-                num_compared += 1
+                remaining.discard(own[key].data_ptr())
                 if not _same_weight(own[key], saved.get_tensor(key), len(own[key]) == embeddings):
                     return False
-    return num_compared > 0
+    return not remaining
 
 # %% ../../nbs/models/adapters.ipynb #146ab916
 def merge_into_base(
