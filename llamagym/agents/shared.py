@@ -25,7 +25,9 @@ from ..buffer import EpisodeBuffer
 from ..chat.conversation import Conversation, Window
 from ..chat.reasoning import reasoning_markers
 from ..chat.renderer import ChatRenderer
+from ..chat.special_tokens import replace_surrogates
 from ..config import Config, GenerateConfig
+from ..envs.results import copy_containers
 from ..envs.task import ParsedAction, Retry
 from ..inference.engine import Engine
 from ..models.policy import Policy
@@ -191,7 +193,7 @@ class SharedState:
         )
         return Conversation(
             self.renderer,
-            system_prompt,
+            replace_surrogates(system_prompt) if isinstance(system_prompt, str) else system_prompt,
             history=settings.history,
             context=settings.context,
             max_length=self.config.context.max_length or model_limit,
@@ -224,7 +226,8 @@ class SharedState:
         "Count a response, and warn once if none of the first 64 is valid"
         self.num_responses += 1
         self.num_valid += parsed.valid
-        self.last_action = parsed.action if parsed.valid else self.last_action
+        if parsed.valid:
+            self.last_action = copy_containers(parsed.action)
         if self.num_responses == 64 and not self.num_valid:
             warn_all_invalid(64, response, parsed.error)
 
