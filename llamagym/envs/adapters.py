@@ -135,6 +135,10 @@ def make_env(
         if can_be_remade(env):
             return make_from_spec(env.spec, max_steps)
         return limit_steps(env, max_steps)
+    if not callable(env):
+        raise TypeError(
+            f"env={env!r}: expected an id, a factory or a gymnasium.Env, got {type(env).__name__}"
+        )
     made = env()
     if isinstance(made, gym.vector.VectorEnv):
         raise TypeError(
