@@ -27,13 +27,14 @@ from llamagym.envs.actions import (
     sample_action,
     shorten,
 )
-from .adapters import EnvLike
+from .adapters import CurrentAPI, EnvLike
 from .baselines import RandomAgent
 from .registry import get_task
 from llamagym.envs.results import (
     MAX_SEED,
     call_reset,
     copy_containers,
+    is_about_seed,
     known_space,
     reset_env,
     takes_keyword,
@@ -409,8 +410,9 @@ def _reset_notes(env: gym.Env, seed: int) -> list[str]:
     if takes_keyword(env.reset, "seed"):
         try:
             env.reset(seed=MAX_SEED + seed % MAX_SEED)
-        except Exception:  # a small seed, with which episodes were played, does not raise
-            notes.append("large seeds are refused, and taken modulo 2**31")
+        except Exception as error:  # with smaller seeds, episodes have been played
+            if is_about_seed(error):
+                notes.append("large seeds are refused, and taken modulo 2**31")
     else:
         notes.append("reset takes no seed")
     returned = call_reset(env, seed)
@@ -449,9 +451,17 @@ def _reuses_observation(env: gym.Env, seed: int, action: Any) -> bool:
     return not equal_values(before, observed)
 
 
+def _without_standard_wrappers(env: gym.Env) -> gym.Env:
+    "Return an environment without the wrappers around it that `gym.make` and this package add"
+    standard = gym.wrappers.TimeLimit, gym.wrappers.OrderEnforcing, gym.wrappers.PassiveEnvChecker
+    while isinstance(env, (*standard, CurrentAPI)):
+        env = env.env
+    return env
+
+
 def _interface_notes(play: _RandomPlay) -> list[str]:
     "Describe how an environment differs from Gymnasium's interface; all of it is adapted"
-    env, first = play.env.env.unwrapped, play.turns[0].result
+    env, first = _without_standard_wrappers(play.env.env), play.turns[0].result
     notes = _reset_notes(env, play.seed)
     if first.action is not None:
         notes += _step_notes(env, first.action)
@@ -527,7 +537,7 @@ def check_env(
         failed = CheckResult(_played.__doc__, False, _describe_error(error))
         report = CheckReport(task, [failed], "")
     else:
-        # The first check comes last: it plays the environment without its wrappers.
+        # The first check comes last: it plays the environment past its wrappers.
         checks = [_run_check(check, play) for check in _CHECKS[::-1]][::-1]
         report = CheckReport(task, checks, _first_turns(play))
         play.env.close()

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MAX_SEED', 'as_number', 'as_reward', 'as_flag', 'copy_containers', 'as_info', 'split_step', 'known_space',
-           'split_reset', 'call_with_seed', 'takes_keyword', 'call_reset', 'reset_env', 'step_env']
+           'split_reset', 'is_about_seed', 'call_with_seed', 'takes_keyword', 'call_reset', 'reset_env', 'step_env']
 
 # %% ../../nbs/envs/results.ipynb #b5802022
 import copy
@@ -198,7 +198,7 @@ def split_reset(
 MAX_SEED = 2**31  # seeds below it are taken by every kind of generator
 
 
-def _is_about_seed(error: Exception) -> bool:
+def is_about_seed(error: Exception) -> bool:
     "Return whether an error names a seed, in its message or in the line that raised it"
     frames = traceback.extract_tb(error.__traceback__)
     line = (frames[-1].line or "") if frames else ""
@@ -213,7 +213,7 @@ def call_with_seed(
     try:
         return function(seed)
     except Exception as refusal:  # of a generator, or of C code
-        if seed is None or seed < MAX_SEED or not _is_about_seed(refusal):
+        if seed is None or seed < MAX_SEED or not is_about_seed(refusal):
             raise
         try:
             return function(seed % MAX_SEED)
