@@ -27,7 +27,8 @@ from .buffer import EpisodeBuffer
 from .chat.conversation import Conversation
 from .config import Config
 from .envs.actions import enumerate_actions
-from .envs.adapters import get_or_make_env
+from .envs.adapters import close_env, get_or_make_env
+from .envs.results import as_flag, as_info, as_reward, copy_containers, known_space
 from llamagym.envs.task import (
     ParsedAction,
     Task,
@@ -193,11 +194,14 @@ class Agent(TextInterface):
         info: dict[str, Any] | None = None,  # likewise; may hold an `action_mask`
     ) -> Any:  # an action for `env.step()`, never `None`
         'Choose an action. Raises `InvalidResponse` under `on_invalid="terminate"`'
-        self.newest_info = info or {}
+        self.newest_info = as_info(info)
         recorder = self.recorder or self.start_episode(**self.shared.next_episode())
         return choose_action(self, recorder, observation)
 
-    def assign_reward(self, reward: float) -> None:
+    def assign_reward(
+        self,
+        reward: Any,  # a real number, also of numpy or torch, or an array with one entry
+    ) -> None:
         "Reward the last action, as `env.step()` does; a second call adds to the first"
         if self.recorder is None or not self.recorder.turns:
             raise RuntimeError("assign_reward() before act(): there is no action to reward yet")
@@ -208,9 +212,11 @@ class Agent(TextInterface):
         train: bool = True,  # keep the episode for the next update; `False` discards it
         truncated: bool = False,  # cut by a time limit: bootstrap from `next_observation`
         next_observation: Any = None,  # the last one, if `truncated`
+        terminated: bool = False,  # the environment ended it: then `truncated` does not count
     ) -> dict[str, float]:  # metrics of the update, if one was made
         "End the episode; update the policy if `ppo.turns_per_update` turns have come together"
-        episode = finish_episode(self, truncated, next_observation)
+        cut = as_flag(truncated, "truncated") and not as_flag(terminated, "terminated")
+        episode = finish_episode(self, cut, next_observation)
         if episode is None or not train:
             return {}
         self.buffer.append(episode)
@@ -282,7 +288,7 @@ def sample_turn(
     agent.shared.count_response(parsed, response)
     invalid_reward = agent.conversation_settings().invalid_reward
     recorder.set_validity(parsed.reason, invalid_reward)
-    format_reward = float(agent.format_reward(response))
+    format_reward = as_reward(agent.format_reward(response), "format_reward")
     recorder.turns[-1].reward += response_reward(parsed, format_reward, invalid_reward)
     return parsed
 
@@ -343,8 +349,9 @@ def choose_action(agent: "Agent", recorder: EpisodeRecorder, observation: Any) -
     if action is None:
         parsed = respond(MAX_REPEATS)
         action = parsed.action if parsed.valid else last_resort(agent, recorder, parsed)
-    recorder.turns[-1].action = action
-    return action
+    recorder.set_action(action)
+    # A copy: the environment may change it, and the action may belong to a list of legal ones.
+    return copy_containers(action)
 
 # %% ../nbs/agent.ipynb #d11f2de8
 def finish_episode(
@@ -453,12 +460,12 @@ class TaskAgent(Agent):
         return self.task.fallback_action(observation, self.newest_info, self.action_space, rng)
 
     @cached_property
-    def action_space(self) -> gym.Space:
-        "The action space of the task's environment"
+    def action_space(self) -> gym.Space | None:
+        "The action space of the task's environment; `None` if it has none"
         env = get_or_make_env(self.task.env)
-        space = env.action_space
+        space = known_space(env, "action_space")
         if env is not self.task.env:
-            env.close()
+            close_env(env)
         return space
 
     def bind(

@@ -6,7 +6,6 @@
 __all__ = ['TRUNCATED_REASONING', 'response_text', 'Candidates', 'EpisodeRecorder']
 
 # %% ../../nbs/agents/recorder.ipynb #3bedc5a8
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +19,8 @@ from llamagym.chat.reasoning import (
     split_reasoning,
 )
 from ..chat.renderer import ChatRenderer
+from ..chat.special_tokens import replace_surrogates
+from ..envs.results import as_reward, copy_containers
 from ..episodes.episode import Episode, Turn
 from ..inference.sequence import Sample
 
@@ -53,6 +54,7 @@ class Candidates:
         renderer: ChatRenderer,  # of the conversation
     ) -> "Candidates":
         "Encode responses. Raises `ValueError` if there is none, or if two are the same"
+        texts = [replace_surrogates(text) for text in texts]
         if not texts:
             raise ValueError(
                 "there is no candidate to choose: expected the text of at least one legal action"
@@ -87,6 +89,7 @@ class EpisodeRecorder:
         "Append an observation and return the token ids of the whole prompt"
         # An interrupted call may have left an observation without a response.
         self.conversation.drop_pending()
+        observation = replace_surrogates(observation)
         prompt = self.conversation.add_user(observation)
         self._observation = observation
         return prompt
@@ -131,13 +134,16 @@ class EpisodeRecorder:
         truncated = not turn.valid and turn.reasoning_truncated
         turn.invalid_reason = TRUNCATED_REASONING if truncated else invalid_reason
 
-    def add_reward(self, reward: float) -> None:
+    def set_action(self, action: Any) -> None:
+        "Record the action of the newest turn, as it is now: the environment may change the object"
+        self.turns[-1].action = copy_containers(action)
+
+    def add_reward(
+        self,
+        reward: Any,  # a real number, or an array or tensor with one entry
+    ) -> None:
         "Add to the reward of the newest turn. Raises `TypeError` or `ValueError` if not a number"
-        if not isinstance(reward, (int, float, np.number)):
-            raise TypeError(f"reward {reward!r}: expected a number, got {type(reward).__name__}")
-        if not math.isfinite(reward):
-            raise ValueError(f"reward {reward!r}: expected a finite number")
-        self.turns[-1].reward += float(reward)
+        self.turns[-1].reward += as_reward(reward)
         self.awaiting_reward = False
 
     @property
@@ -152,6 +158,8 @@ class EpisodeRecorder:
     ) -> Episode:
         "Return the episode: truncated if it has a final observation, else terminated"
         truncated = final_observation is not None
+        if truncated:
+            final_observation = replace_surrogates(final_observation)
         final_ids = list(self.conversation.add_user(final_observation)) if truncated else None
         self.turns[-1].terminated = not truncated
         self.turns[-1].truncated = truncated

@@ -25,7 +25,9 @@ from ..buffer import EpisodeBuffer
 from ..chat.conversation import Conversation, Window
 from ..chat.reasoning import reasoning_markers
 from ..chat.renderer import ChatRenderer
+from ..chat.special_tokens import replace_surrogates
 from ..config import Config, GenerateConfig
+from ..envs.results import copy_containers
 from ..envs.task import ParsedAction, Retry
 from ..inference.engine import Engine
 from ..models.length_limits import longest_conversation
@@ -190,7 +192,7 @@ class SharedState:
         max_length = self.config.context.max_length
         return Conversation(
             self.renderer,
-            system_prompt,
+            replace_surrogates(system_prompt) if isinstance(system_prompt, str) else system_prompt,
             history=settings.history,
             context=settings.context,
             max_length=max_length or longest_conversation(self.policy.causal_lm),
@@ -223,7 +225,8 @@ class SharedState:
         "Count a response, and warn once if none of the first 64 is valid"
         self.num_responses += 1
         self.num_valid += parsed.valid
-        self.last_action = parsed.action if parsed.valid else self.last_action
+        if parsed.valid:
+            self.last_action = copy_containers(parsed.action)
         if self.num_responses == 64 and not self.num_valid:
             warn_all_invalid(64, response, parsed.error)
 

@@ -388,6 +388,11 @@ def sample_action(
     seed: int,
 ) -> Any:
     "Sample an action of a space. Raises ValueError if a `Text` space has none to say"
+    if not isinstance(space, gym.Space):
+        raise ValueError(
+            f"the action space is {space!r}: expected a gymnasium space to take an action from. "
+            "Give the environment an action_space, or the task legal_actions= or fallback="
+        )
     space = copy.deepcopy(space)
     space.seed(seed)
     for _ in range(1000):
@@ -521,6 +526,11 @@ class ObservationFormatter:
     digits: int = 3  # significant digits of real numbers
 
     def __call__(self, obs: Any, info: dict[str, Any]) -> str:
+        if obs is None:
+            raise ValueError(
+                f"the observation is None: expected an element of {self.space}. If the state is "
+                "in the info, give the task its own format_observation"
+            )
         text = format_space_value(self.space, obs, self.digits, self.labels)
         if self.labels or isinstance(self.space, spaces.Dict):
             return text + "."

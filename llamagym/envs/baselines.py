@@ -12,8 +12,10 @@ from typing import Any, Protocol
 import numpy as np
 
 from ..buffer import EpisodeBuffer
+from ..chat.special_tokens import replace_surrogates
 from .actions import sample_action
 from .adapters import env_name, episode_seed
+from .results import as_reward, known_space
 from .task import Task
 from .text_env import TextEnv
 from ..episodes.episode import Episode, Turn
@@ -51,7 +53,7 @@ class RandomAgent:
         if legal is not None:
             return self.task.format_action(legal[self.rng.integers(len(legal))])
         seed = int(self.rng.integers(2**31))
-        return self.task.format_action(sample_action(env.env.action_space, seed))
+        return self.task.format_action(sample_action(known_space(env.env, "action_space"), seed))
 
 
 class ScriptedAgent:
@@ -88,9 +90,9 @@ def _play_episode(env: TextEnv, baseline: Baseline) -> list[Turn]:
                 response=response,
                 response_ids=[],
                 action=result.action,
-                reward=result.reward,
+                reward=as_reward(result.reward),
                 terminated=result.terminated,
-                truncated=result.truncated,
+                truncated=result.truncated and not result.terminated,
                 valid=result.valid,
                 invalid_reason=result.invalid_reason,
                 invalid_reward=None if result.valid else env.task.invalid_reward,
@@ -119,7 +121,7 @@ def play(
             Episode(
                 turns=turns,
                 segments=[],
-                system_prompt=task.system_prompt,
+                system_prompt=task.system_prompt and replace_surrogates(task.system_prompt),
                 env_id=env_id,
                 index=i,
                 seed=episode_seed(seed, i),

@@ -9,13 +9,16 @@ __all__ = ['CheckResult', 'CheckReport', 'check_env']
 import copy
 import itertools
 import math
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import gymnasium as gym
+import numpy as np
 from gymnasium import spaces
 
+from . import results
 from llamagym.envs.actions import (
     enumerate_actions,
     equal_values,
@@ -24,9 +27,18 @@ from llamagym.envs.actions import (
     sample_action,
     shorten,
 )
-from .adapters import EnvLike
+from .adapters import CurrentAPI, EnvLike
 from .baselines import RandomAgent
 from .registry import get_task
+from llamagym.envs.results import (
+    MAX_SEED,
+    call_reset,
+    copy_containers,
+    is_about_seed,
+    known_space,
+    reset_env,
+    takes_keyword,
+)
 from .task import Task, parse_action, table_cell
 from .text_env import StepResult, TextEnv
 
@@ -107,7 +119,14 @@ _ADVICE = (
 
 def _is_restricted(env: TextEnv) -> bool:
     "Return whether an action of the space is illegal in the current state"
-    return env.task.restricted_actions(env.obs, env.info, env.env.action_space) is not None
+    space = known_space(env.env, "action_space")
+    return env.task.restricted_actions(env.obs, env.info, space) is not None
+
+
+def _raised_by_environment(error: Exception) -> bool:
+    "Return whether an environment raised an error itself, instead of returning what is refused"
+    frames = traceback.extract_tb(error.__traceback__)
+    return not frames or frames[-1].filename != results.__file__
 
 
 def _random_turns(env: TextEnv, seed: int, i: int, max_steps: int) -> list[_PlayedTurn]:
@@ -118,20 +137,20 @@ def _random_turns(env: TextEnv, seed: int, i: int, max_steps: int) -> list[_Play
     env.reset(seed + i)
     while not turns or not (turns[-1].result.done or len(turns) == max_steps):
         text = env.observation
-        obs = env.obs
+        obs = copy.deepcopy(env.obs)
         legal = env.legal_actions()
         restricted = _is_restricted(env)
         response = agent.respond(env)
         try:
             env.send(response)
         except Exception as error:
-            if not restricted:
+            if not restricted and _raised_by_environment(error):
                 error.add_note(f"after the response {response!r}. {_ADVICE}")
             raise
         turns.append(
             _PlayedTurn(
                 text=text,
-                obs=copy.deepcopy(obs),
+                obs=obs,
                 legal=legal,
                 restricted=restricted,
                 response=response,
@@ -151,7 +170,7 @@ class _RandomPlay:
         self.seed = seed
         self.max_steps = max_steps
         self.env = TextEnv(task)
-        self.space = self.env.env.action_space
+        self.space = known_space(self.env.env, "action_space")
         self.episodes = [self.episode(i) for i in range(episodes)]
         self.turns = [turn for episode in self.episodes for turn in episode]
 
@@ -177,7 +196,9 @@ def _observations_become_text(play: _RandomPlay) -> str:
 # %% ../../nbs/envs/check.ipynb #fc9e7418
 def _observations_in_space(play: _RandomPlay) -> str:
     "observations are in the observation space"
-    space = play.env.env.observation_space
+    space = known_space(play.env.env, "observation_space")
+    if space is None:
+        return "skipped: the environment has no observation_space"
     for _, obs in play.states():
         if not space.contains(obs):
             raise ValueError(f"{obs!r} is not in {space}")
@@ -199,7 +220,10 @@ def _countable(space: gym.Space) -> bool:
 
 def _texts_differ(play: _RandomPlay) -> str:
     "different observations have different texts"
-    if not _countable(play.env.env.observation_space):
+    space = known_space(play.env.env, "observation_space")
+    if space is None:
+        return "skipped: the environment has no observation_space"
+    if not _countable(space):
         return "skipped: real numbers are rounded"
     obs_of: dict[str, Any] = {}
     for text, obs in play.states():
@@ -260,8 +284,11 @@ class _RecordActions(gym.Wrapper):
         super().__init__(env)
         self.actions: list[Any] = []
 
-    def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
-        self.actions.append(action)
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> Any:
+        return reset_env(self.env, seed, options)
+
+    def step(self, action: Any) -> Any:
+        self.actions.append(copy_containers(action))
         return self.env.step(action)
 
 
@@ -274,7 +301,7 @@ def _receives_valid_actions(play: _RandomPlay) -> str:
         if env.step("").done:
             break
     for action in recorder.actions:
-        if action is None or not play.space.contains(action):
+        if action is None or not (play.space is None or play.space.contains(action)):
             raise ValueError(f"the environment received {action!r}")
     received = f"it receives {recorder.actions[0]!r}" if recorder.actions else "it does not step"
     return f"after invalid responses {received} (on_invalid={play.task.on_invalid!r})"
@@ -285,7 +312,7 @@ def _illegal_response(
     k: int,  # which one, if there are several
 ) -> tuple[Any, str] | None:  # action and response; None if every action is legal
     "Return an illegal action of the current state as text"
-    space = env.env.action_space
+    space = known_space(env.env, "action_space")
     legal = env.task.restricted_actions(env.obs, env.info, space)
     if legal is None:
         return None
@@ -299,9 +326,10 @@ def _illegal_response(
 
 def _require_usable_mask(env: TextEnv) -> None:
     "Raise ValueError if there is an action_mask that can't be read, and nothing else"
+    space = known_space(env.env, "action_space")
     for holder in (env.info, env.obs):
         if isinstance(holder, Mapping) and "action_mask" in holder:
-            if masked_actions(env.obs, env.info, env.env.action_space) is None:
+            if masked_actions(env.obs, env.info, space) is None:
                 raise ValueError(
                     f"the action_mask {shorten(repr(holder['action_mask']))} has no effect: "
                     "expected a vector of zeros and ones, one per action of a Discrete space. "
@@ -375,6 +403,81 @@ def _rewards_finite(play: _RandomPlay) -> str:
             raise ValueError(f"reward {reward!r}: expected a finite number")
     return f"from {min(rewards):g} to {max(rewards):g}"
 
+# %% ../../nbs/envs/check.ipynb #b0e3c37a
+def _reset_notes(env: gym.Env, seed: int) -> list[str]:
+    "Describe how `reset` differs from Gymnasium's interface"
+    notes = []
+    if takes_keyword(env.reset, "seed"):
+        try:
+            env.reset(seed=MAX_SEED + seed % MAX_SEED)
+        except Exception as error:  # with smaller seeds, episodes have been played
+            if is_about_seed(error):
+                notes.append("large seeds are refused, and taken modulo 2**31")
+    else:
+        notes.append("reset takes no seed")
+    returned = call_reset(env, seed)
+    if not (isinstance(returned, tuple) and len(returned) == 2):
+        notes.append("reset returns the observation alone")
+    elif returned[1] is None:
+        notes.append("reset returns None as info")
+    return notes
+
+
+def _step_notes(env: gym.Env, action: Any) -> list[str]:
+    "Describe how `step` differs from Gymnasium's interface"
+    given = copy_containers(action)
+    first = env.step(given)
+    notes = []
+    if len(first) == 4:
+        notes.append("step returns obs, reward, done, info")
+    if not isinstance(first[1], (int, float, np.number)):
+        notes.append(f"rewards are of type {type(first[1]).__name__}")
+    for flag in first[2:-1]:
+        if not isinstance(flag, (bool, np.bool_)):
+            notes.append(f"end flags are of type {type(flag).__name__}")
+            break
+    if first[-1] is None:
+        notes.append("step returns None as info")
+    if not equal_values(given, action):
+        notes.append("step changes the action in place")
+    return notes
+
+
+def _reuses_observation(env: gym.Env, seed: int, action: Any) -> bool:
+    "Return whether `step` changes the observation that `reset` returned"
+    observed = call_reset(env, seed)
+    before = copy_containers(observed)
+    env.step(copy_containers(action))
+    return not equal_values(before, observed)
+
+
+def _without_standard_wrappers(env: gym.Env) -> gym.Env:
+    "Return an environment without the wrappers around it that `gym.make` and this package add"
+    standard = gym.wrappers.TimeLimit, gym.wrappers.OrderEnforcing, gym.wrappers.PassiveEnvChecker
+    while isinstance(env, (*standard, CurrentAPI)):
+        env = env.env
+    return env
+
+
+def _interface_notes(play: _RandomPlay) -> list[str]:
+    "Describe how an environment differs from Gymnasium's interface; all of it is adapted"
+    env, first = _without_standard_wrappers(play.env.env), play.turns[0].result
+    notes = _reset_notes(env, play.seed)
+    if first.action is not None:
+        notes += _step_notes(env, first.action)
+        if _reuses_observation(env, play.seed, first.action):
+            notes.append("step changes earlier observations in place")
+    if any(turn.result.terminated and turn.result.truncated for turn in play.turns):
+        notes.append("terminated and truncated occur together, which counts as terminated")
+    return notes
+
+
+def _played(play: _RandomPlay) -> str:
+    "random episodes can be played"
+    detail = f"{len(play.episodes)} episodes, {len(play.turns)} turns in {play.env.env}"
+    notes = _interface_notes(play)
+    return f"{detail}. Adapted: {'; '.join(notes)}" if notes else detail
+
 # %% ../../nbs/envs/check.ipynb #d2dd247f
 def _first_turns(play: _RandomPlay, turns: int = 2) -> str:
     "Return the first turns of an episode as text"
@@ -390,6 +493,7 @@ def _first_turns(play: _RandomPlay, turns: int = 2) -> str:
 
 # %% ../../nbs/envs/check.ipynb #4edb2f50
 _CHECKS = (
+    _played,
     _observations_become_text,
     _observations_in_space,
     _texts_differ,
@@ -427,17 +531,14 @@ def check_env(
     if not isinstance(episodes, int) or episodes < 1:
         raise ValueError(f"episodes={episodes!r}: expected a whole number of at least 1")
     task = get_task(task)
-    name = "random episodes can be played"
     try:
         play = _RandomPlay(task, episodes, seed, max_steps)
     except Exception as error:
-        report = CheckReport(task, [CheckResult(name, False, _describe_error(error))], "")
+        failed = CheckResult(_played.__doc__, False, _describe_error(error))
+        report = CheckReport(task, [failed], "")
     else:
-        played = CheckResult(
-            name, True, f"{episodes} episodes, {len(play.turns)} turns in {play.env.env}"
-        )
-        report = CheckReport(
-            task, [played, *(_run_check(check, play) for check in _CHECKS)], _first_turns(play)
-        )
+        # The first check comes last: it plays the environment past its wrappers.
+        checks = [_run_check(check, play) for check in _CHECKS[::-1]][::-1]
+        report = CheckReport(task, checks, _first_turns(play))
         play.env.close()
     return report.raise_for_failures() if raise_on_failure else report

@@ -21,7 +21,15 @@ from gymnasium.envs.registration import EnvSpec, load_env_creator
 from gymnasium.error import DependencyNotInstalled
 from PIL import Image
 
-from .adapters import EnvLike, can_be_remade
+from ..chat.special_tokens import replace_surrogates
+from llamagym.envs.adapters import (
+    EnvLike,
+    can_be_remade,
+    close_env,
+    limit_steps,
+    with_current_api,
+)
+from .results import reset_env
 from .worker import SubprocessEnv
 
 # %% ../../nbs/envs/frames.ipynb #2a673cf7
@@ -96,17 +104,17 @@ class _RenderingFactory:
         if sys.platform == "linux" and not {"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.keys():
             # without a screen, pygame must not search for one, which prints errors
             os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
-        env = self.make(render_mode=self.mode)
+        env = with_current_api(self.make(render_mode=self.mode))
         if self.mode == "rgb_array":
             try:
-                env.reset(seed=0)
+                reset_env(env, 0)
                 env.render()
             except DependencyNotInstalled as error:
                 warnings.warn(f"{self.name} is not rendered as pictures: {error}", stacklevel=2)
                 self.mode = "ansi" if "ansi" in env.metadata.get("render_modes", []) else None
-                env.close()
-                env = self.make(render_mode=self.mode)
-        return env if self.max_steps is None else gym.wrappers.TimeLimit(env, self.max_steps)
+                close_env(env)
+                env = with_current_api(self.make(render_mode=self.mode))
+        return limit_steps(env, self.max_steps)
 
 
 def _is_gym_make(env: EnvLike) -> bool:
@@ -137,7 +145,7 @@ def rendering_factory(
     if options.get("render_mode") is not None:
         return None
     creator = spec.entry_point if callable(spec.entry_point) else load_env_creator(spec.entry_point)
-    modes = getattr(creator, "metadata", {}).get("render_modes", [])
+    modes = (getattr(creator, "metadata", None) or {}).get("render_modes", [])
     mode = next((mode for mode in ("rgb_array", "ansi") if mode in modes), None)
     if mode is None:
         return None
@@ -157,4 +165,6 @@ def render_frame(
     frame = env.render()
     if isinstance(frame, list):
         frame = frame[-1] if frame else None
-    return frame if isinstance(frame, (str, np.ndarray)) else None
+    if isinstance(frame, str):
+        return replace_surrogates(frame)
+    return frame if isinstance(frame, np.ndarray) else None

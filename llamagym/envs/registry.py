@@ -11,9 +11,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import gymnasium as gym
+from gymnasium.envs.registration import EnvSpec
 
 from .actions import ObservationFormatter, actions_for
-from .adapters import EnvLike, env_name, get_or_make_env
+from .adapters import EnvLike, close_env, env_name, get_or_make_env
+from .results import known_space
 from .task import Task
 from .toy_text import blackjack, cliff_walking, frozen_lake, taxi
 
@@ -28,7 +30,7 @@ def for_env(
     "Make a task from the spaces of an environment"
     made = get_or_make_env(env)
     if made is not env:
-        made.close()
+        close_env(made)
     unknown = set(overrides) - set(Task.__dataclass_fields__)
     if unknown:
         raise TypeError(
@@ -37,11 +39,15 @@ def for_env(
         )
     fields: dict[str, Any] = dict(name=env_name(made))
     if "format_observation" not in overrides:
-        fields["format_observation"] = ObservationFormatter(
-            made.observation_space, tuple(labels), digits
-        )
+        space = known_space(made, "observation_space")
+        if space is None:
+            raise ValueError(
+                f"{fields['name']} has no observation_space to make texts from: "
+                "pass format_observation="
+            )
+        fields["format_observation"] = ObservationFormatter(space, tuple(labels), digits)
     if not {"extract_action", "format_action"} <= set(overrides):
-        actions = actions_for(made.action_space, action_names)
+        actions = actions_for(known_space(made, "action_space"), action_names)
         fields |= dict(
             extract_action=actions.extract_action,
             format_action=actions.format_action,
@@ -88,8 +94,8 @@ def get_task(
     elif isinstance(env, gym.Env) or callable(env):
         made = get_or_make_env(env)
         if made is not env:
-            made.close()
-        env_id = None if made.spec is None else made.spec.id
+            close_env(made)
+        env_id = made.spec.id if isinstance(made.spec, EnvSpec) else None
     else:
         raise TypeError(
             f"{env!r}: expected a Task, an environment id, a factory or a gymnasium.Env, "

@@ -16,6 +16,7 @@ import gymnasium as gym
 import numpy as np
 
 from ..chat.conversation import Window
+from ..chat.special_tokens import replace_surrogates
 from llamagym.envs.actions import (
     enumerate_actions,
     is_among,
@@ -49,7 +50,8 @@ def parse_action(
     try:
         action = extract_action(response)
     except Exception as error:  # the user's code can raise anything
-        return ParsedAction(None, False, f"{type(error).__name__}: {error}", error)
+        reason = replace_surrogates(f"{type(error).__name__}: {error}")
+        return ParsedAction(None, False, reason, error)
     if action is None:
         return ParsedAction(None, False, f"no action in {shorten(response)}")
     if space is not None and not space.contains(action):
@@ -91,7 +93,8 @@ def _check_fields(task: "Task") -> None:
     if not (isinstance(task.env, (str, gym.Env)) or callable(task.env)):
         raise TypeError(
             f"env={task.env!r}: expected an id, a factory or a gymnasium.Env, "
-            f"got {type(task.env).__name__}"
+            f"got {type(task.env).__name__}. Put LegacyGymEnv around an environment of the "
+            "old interface, and make an agent of one environment of a vector environment"
         )
     for name in ("format_observation", "extract_action", "format_action"):
         if not callable(getattr(task, name)):
@@ -146,7 +149,7 @@ def legal_or_masked(
 
 def default_action(
     legal: Sequence[Any] | None,  # legal actions; None: they can't be listed
-    space: gym.Space,  # action space
+    space: gym.Space | None,  # action space; None: not known
     rng: np.random.Generator | None,  # samples an action; None: a fixed seed
 ) -> Any:
     "Return the first legal action, or a sample of the space if they can't be listed"
@@ -211,7 +214,7 @@ class Task:
         self,
         obs: Any,
         info: dict[str, Any],
-        space: gym.Space,  # action space
+        space: gym.Space | None,  # action space; None: not known
     ) -> list[Any] | None:  # None: every action of the space is legal
         "List the legal actions of a state if not all are. Raises ValueError if there is none"
         legal = self.legal_actions
@@ -222,7 +225,7 @@ class Task:
         self,
         obs: Any,
         info: dict[str, Any],
-        space: gym.Space,  # action space
+        space: gym.Space | None,  # action space; None: not known
     ) -> list[Any] | None:  # None if they can't be listed
         "List the legal actions of a state. Raises ValueError if there is none"
         legal = self.restricted_actions(obs, info, space)
@@ -232,14 +235,14 @@ class Task:
         self,
         obs: Any,
         info: dict[str, Any],
-        space: gym.Space,  # action space
+        space: gym.Space | None,  # action space; None: not known
         rng: np.random.Generator | None = None,  # samples an action; None: a fixed seed
     ) -> Any:
         "Return the action after an invalid response. Raises ValueError if it is not in the space"
         action = self.fallback(obs, info) if callable(self.fallback) else self.fallback
         if action is None:
             return default_action(self.list_legal_actions(obs, info, space), space, rng)
-        if not space.contains(action):
+        if space is not None and not space.contains(action):
             raise ValueError(
                 f"{self.name}: the fallback {action!r} is not in {space}: expected a legal action"
             )

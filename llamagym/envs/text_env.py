@@ -12,7 +12,10 @@ from typing import Any, Literal
 import gymnasium as gym
 import numpy as np
 
+from ..chat.special_tokens import replace_surrogates
+from .adapters import close_env
 from .frames import FrameCache, render_frame
+from .results import as_reward, copy_containers, known_space, reset_env, step_env
 from .task import ParsedAction, Retry, Task, parse_action, response_reward
 from .worker import SubprocessEnv
 
@@ -23,7 +26,7 @@ class StepResult:
 
     reward: float  # of the turn: the environment's, plus format_reward and invalid_reward
     terminated: bool  # also after an invalid response under "terminate"
-    truncated: bool  # ended by a time limit
+    truncated: bool  # ended by a time limit; does not count if also `terminated`
     action: Any  # passed to the environment; None if it did not step
     valid: bool  # did the response contain a legal action?
     invalid_reason: str | None = None  # why the response is invalid
@@ -55,7 +58,9 @@ def _next_move(
 
 def _task_reward(task: Task, response: str, parsed: ParsedAction) -> float:
     "Return the format reward, plus `invalid_reward` if the response is invalid"
-    format_reward = 0.0 if task.format_reward is None else float(task.format_reward(response))
+    format_reward = 0.0
+    if task.format_reward is not None:
+        format_reward = as_reward(task.format_reward(response), "format_reward")
     return response_reward(parsed, format_reward, task.invalid_reward)
 
 
@@ -73,9 +78,9 @@ class _PendingStep:
     ) -> StepResult:
         "Return the result of the turn, given what the environment returned"
         return StepResult(
-            reward=float(reward) + self.task_reward,
-            terminated=bool(terminated),
-            truncated=bool(truncated),
+            reward=reward + self.task_reward,
+            terminated=terminated,
+            truncated=truncated,
             action=self.action,
             valid=self.parsed.valid,
             invalid_reason=self.parsed.reason,
@@ -125,7 +130,7 @@ class AsyncTextEnv:
         response: str,  # of the model
     ) -> None:
         "Start the step of a response without waiting for its result"
-        space = self.env.action_space
+        space = known_space(self.env, "action_space")
         legal = self.task.restricted_actions(self.obs, self.info, space)
         parsed = parse_action(self.task.extract_action, response, space, legal)
         move = _next_move(self.task, parsed, self._retries)
@@ -134,6 +139,8 @@ class AsyncTextEnv:
         action = None
         if move == "step":
             action = parsed.action if parsed.valid else self._fallback_action()
+            # The user's code and the environment may keep the object, and change it.
+            action = copy_containers(action)
         task_reward = _task_reward(self.task, response, parsed)
         self._pending = _PendingStep(parsed, task_reward, move, action)
         if move == "step":
@@ -158,23 +165,26 @@ class AsyncTextEnv:
                 f"{self.task.name}: format_observation gave {self.observation!r}: "
                 f"expected text, got {type(self.observation).__name__}"
             )
+        self.observation = replace_surrogates(self.observation)
         return None if pending is None else pending.result(*returned[1:4])
 
     def legal_actions(self) -> list[Any] | None:  # None if they can't be listed
         "List the legal actions of the current state"
-        return self.task.list_legal_actions(self.obs, self.info, self.env.action_space)
+        space = known_space(self.env, "action_space")
+        return self.task.list_legal_actions(self.obs, self.info, space)
 
     def _fallback_action(self) -> Any:
-        return self.task.fallback_action(self.obs, self.info, self.env.action_space, self._rng)
+        space = known_space(self.env, "action_space")
+        return self.task.fallback_action(self.obs, self.info, space, self._rng)
 
     def _call(self, command: str, argument: Any) -> None:
         "Send a command to the environment; one in this process computes the result now"
         if isinstance(self.env, SubprocessEnv):
             self.env.send(command, argument)
         elif command == "reset":
-            self._returned = self.env.reset(seed=argument)
+            self._returned = reset_env(self.env, argument)
         else:
-            self._returned = self.env.step(argument)
+            self._returned = step_env(self.env, argument)
 
 # %% ../../nbs/envs/text_env.ipynb #78dff62f
 class TextEnv(AsyncTextEnv):
@@ -198,7 +208,7 @@ class TextEnv(AsyncTextEnv):
         return self.receive()
 
     def close(self) -> None:
-        "Close the environment, unless it is the user's own instance"
+        "Close the environment, unless it is the user's own instance; warn if that raises"
         given = self.task.env
         if not (isinstance(given, gym.Env) and given.unwrapped is self.env.unwrapped):
-            self.env.close()
+            close_env(self.env, self.task.name)

@@ -19,7 +19,15 @@ from typing import Any
 import cloudpickle
 import gymnasium as gym
 
-from .adapters import EnvLike, can_be_remade, env_name, make_env
+from llamagym.envs.adapters import (
+    EnvLike,
+    can_be_remade,
+    close_env,
+    env_name,
+    make_env,
+    make_from_spec,
+)
+from .results import known_space, reset_env, step_env
 
 # %% ../../nbs/envs/worker.ipynb #a4dcabbe
 def _pickle_error(error: Exception) -> bytes:
@@ -37,9 +45,9 @@ def _pickle_error(error: Exception) -> bytes:
 def _run_command(env: gym.Env, command: str, argument: Any) -> Any:
     "Return the result of a command"
     if command == "reset":
-        return env.reset(seed=argument)
+        return reset_env(env, argument)
     if command == "step":
-        return env.step(argument)
+        return step_env(env, argument)
     return getattr(env, command)()  # render
 
 
@@ -57,7 +65,10 @@ def serve(
             try:
                 if command == "make":
                     env = argument()
-                    result = env.action_space, env.observation_space, env_name(env)
+                    spaces = [
+                        known_space(env, f"{kind}_space") for kind in ("action", "observation")
+                    ]
+                    result = *spaces, env_name(env)
                 else:
                     result = _run_command(env, command, argument)
                 data = cloudpickle.dumps((True, result))
@@ -68,7 +79,7 @@ def serve(
         pass  # the other side has closed its socket
     finally:
         if env is not None:
-            env.close()
+            close_env(env)
 
 # %% ../../nbs/envs/worker.ipynb #b5a32938
 def _start_process() -> tuple[subprocess.Popen[bytes], Connection]:
@@ -108,12 +119,12 @@ class SubprocessEnv(gym.Env):
                     f"{env_name(env)} is one instance that Gymnasium cannot make again; "
                     "pass a factory"
                 )
-            make = partial(gym.make, env.spec, max_episode_steps=max_steps)
+            make = partial(make_from_spec, env.spec, max_steps)
         else:
             make = partial(make_env, env, max_steps)
         self.name = env_name(env)
         self.process, self.connection = _start_process()
-        self._spaces: tuple[gym.Space, gym.Space] | None = None
+        self._spaces: tuple[gym.Space | None, gym.Space | None] | None = None
         self._awaiting_result = False
         self._request("make", make)
 
@@ -143,13 +154,13 @@ class SubprocessEnv(gym.Env):
         return result
 
     @property
-    def action_space(self) -> gym.Space:
-        "Action space of the environment"
+    def action_space(self) -> gym.Space | None:
+        "Action space of the environment; `None` if it has none"
         return self._receive_spaces()[0]
 
     @property
-    def observation_space(self) -> gym.Space:
-        "Observation space of the environment"
+    def observation_space(self) -> gym.Space | None:
+        "Observation space of the environment; `None` if it has none"
         return self._receive_spaces()[1]
 
     def reset(
@@ -205,7 +216,7 @@ class SubprocessEnv(gym.Env):
             raise self._process_died() from error
         self._awaiting_result = True
 
-    def _receive_spaces(self) -> tuple[gym.Space, gym.Space]:
+    def _receive_spaces(self) -> tuple[gym.Space | None, gym.Space | None]:
         "Return the action and the observation space; wait for the environment the first time"
         if self._spaces is None:
             try:

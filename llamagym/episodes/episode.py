@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from ..chat.conversation import Segment
+from ..chat.special_tokens import replace_surrogates
 from llamagym.episodes.formatting import (
     display_json,
     escape_control_characters,
@@ -38,7 +39,8 @@ class Turn:
     action: Any = None  # what the environment got; anything JSON can hold, numpy included
     reward: float = 0.0  # of this turn alone
     terminated: bool = False  # the environment ended here: there is no future
-    truncated: bool = False  # a limit ended it here: there is a future that was not played
+    # a limit ended it here: there is a future that was not played; does not count if terminated
+    truncated: bool = False
     valid: bool = True  # whether the response contains an action
     invalid_reason: str | None = None  # why it does not
     # added to `reward` for that; `None`: nothing is set, so the learner ranks it below valid ones
@@ -153,8 +155,8 @@ class Episode:
 
     @property
     def truncated(self) -> bool:
-        "Return whether a limit ended the episode"
-        return bool(self.turns) and bool(self.turns[-1].truncated)
+        "Return whether a limit ended the episode; not if the environment did in the same step"
+        return bool(self.turns) and bool(self.turns[-1].truncated) and not self.terminated
 
     @property
     def num_tokens(self) -> int:
@@ -348,7 +350,7 @@ def _to_json(
         raise TypeError(f"JSON has no {type(unknown).__name__}")
 
     try:
-        return json.dumps(value, default=convert, ensure_ascii=False)
+        return json.dumps(value, default=convert)  # in ASCII, which can hold any text
     except (TypeError, ValueError) as e:
         raise TypeError(
             f"{name}={value!r}: expected numbers, texts, lists and dictionaries ({e})"
@@ -373,6 +375,13 @@ def _frame_to_row(
     return dict(shape=list(frame.shape), data=frame.tobytes(), kind="array")
 
 
+def _storable(text: Any) -> Any:
+    "Return a text, or a list of texts, without lone surrogates, which a file can't hold"
+    if isinstance(text, list):
+        return [_storable(entry) for entry in text]
+    return replace_surrogates(text) if isinstance(text, str) else text
+
+
 def turn_to_row(
     turn: Turn,
 ) -> dict[str, Any]:
@@ -386,6 +395,8 @@ def turn_to_row(
             row[name] = float(row[name])
     for name in ("stopped", "terminated", "truncated", "valid"):
         row[name] = bool(row[name])
+    for name in ("observation", "response", "reasoning", "invalid_reason", "candidates"):
+        row[name] = _storable(row[name])
     row["action"] = _to_json(turn.action, "action")
     row["flags"] = _to_json(turn.flags, "flags")
     row["frame"] = _frame_to_row(turn.frame)
@@ -402,6 +413,8 @@ def episode_to_row(
 ) -> dict[str, Any]:
     "Return an episode as plain values, by field"
     row = {f.name: getattr(episode, f.name) for f in fields(episode)}
+    for name in ("system_prompt", "env_id", "final_observation"):
+        row[name] = _storable(row[name])
     row["turns"] = [turn_to_row(turn) for turn in episode.turns]
     row["segments"] = [dict(ids=s.ids, mask=s.mask) for s in episode.segments]
     # A seed may have more than 64 bits.

@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from ..chat.special_tokens import replace_surrogates
+
 # %% ../../nbs/episodes/formatting.ipynb #a14c30be
 def pluralize(
     count: int,
@@ -42,7 +44,11 @@ def display_json(
     def convert(unknown: Any) -> Any:
         return unknown.tolist() if hasattr(unknown, "tolist") else repr(unknown)
 
-    return json.dumps(value, default=convert, ensure_ascii=False)
+    try:
+        text = json.dumps(value, default=convert, ensure_ascii=False)
+    except (TypeError, ValueError):  # keys that JSON can't hold, or a container inside itself
+        text = repr(value)
+    return replace_surrogates(text)
 
 # %% ../../nbs/episodes/formatting.ipynb #4707cb19
 _UNPRINTABLE = re.compile(

@@ -20,6 +20,7 @@ import numpy as np
 from ..agent import Agent
 from ..agents.episode_runner import EpisodeRunner, Snapshot
 from ..agents.recorder import EpisodeRecorder
+from ..envs.adapters import close_env
 from ..envs.frames import FrameCache, from_png
 from ..envs.text_env import StepResult
 from ..episodes.episode import Episode, Turn
@@ -118,7 +119,7 @@ def replay(
     finally:
         runner.close()
         if own_env is not env:
-            own_env.close()
+            close_env(own_env)
 
 
 def rerender(
