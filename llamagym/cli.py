@@ -260,7 +260,7 @@ def plan_text(
         )
     )
 
-# %% ../nbs/cli.ipynb #c57d82c7
+# %% ../nbs/cli.ipynb #a7d74968
 def look_text(
     model: str,  # a saved policy, a hub name, a folder or `"tiny"`
     env: str,  # environment id
@@ -288,7 +288,7 @@ def look_text(
     defaults = Config.from_dict(given) if given else Config.for_model(policy)
     agent = Agent.for_task(task, policy, config=defaults.replace(changes))
     lora = "" if policy.adapter is None or is_saved_policy(model) else ", lora=LoRAConfig()"
-    code = f"""To go on in Python:
+    code = f"""The code above needs this agent:
     from llamagym import Agent, LoRAConfig, Policy, get_task
 
     policy = Policy.load({model!r}{lora})
@@ -385,6 +385,7 @@ def main(
         if arguments.command == "info":
             print(info())
         elif arguments.command == "look":
+            print("plays a few episodes without training; this may take a minute", file=sys.stderr)
             print(
                 look_text(
                     arguments.model,
