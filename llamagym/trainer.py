@@ -181,7 +181,7 @@ def _is_due(every: int, update: int, last: int) -> bool:
     "Test whether something that is done every few updates is due after this one"
     return every > 0 and (update % every == 0 or update == last)
 
-# %% ../nbs/trainer.ipynb #40d3057a
+# %% ../nbs/trainer.ipynb #4ce08ce4
 FEWEST_RESPONSES = 8  # to judge by
 
 
@@ -199,7 +199,7 @@ class TooManyInvalidResponses(RuntimeError):
             f"the run stopped before its first update: {counts.invalid} of {counts.responses} "
             f"responses are invalid (trainer.stop_if_invalid={limit:g}). Nothing was trained, and "
             f"the episodes are in {path}. To train anyway: "
-            f"agent.config.trainer.stop_if_invalid = None\n\n{look}"
+            f"agent.config.trainer.stop_if_invalid = 1\n\n{look}"
         )
         self.look = look
         self.path = path
@@ -244,7 +244,7 @@ class Trainer:
     def require_valid_responses(self, rollout: Rollout) -> None:
         "Raise `TooManyInvalidResponses` if more are invalid than `trainer.stop_if_invalid` allows"
         turns, limit = rollout.turns, self.config.stop_if_invalid
-        if limit is None or len(turns) < FEWEST_RESPONSES or chooses_candidates(self.agent):
+        if limit == 1 or len(turns) < FEWEST_RESPONSES or chooses_candidates(self.agent):
             return
         invalid = sum(not turn.valid for turn in turns)
         if invalid > limit * len(turns):

@@ -8,7 +8,7 @@ __all__ = ['MAX_SCORED_ACTIONS', 'TRIAL_RESPONSES', 'MAX_TRIAL_SECONDS', 'shorte
            'forecast_memory', 'format_seconds', 'RunCosts', 'measure_costs', 'Trial', 'longer_limit', 'try_changes',
            'helped', 'give_advice', 'FirstLook', 'describe_agent', 'look_at_rollout', 'first_look']
 
-# %% ../../nbs/training/first_look.ipynb #e07f807d
+# %% ../../nbs/training/first_look.ipynb #bd64f988
 import copy
 import dataclasses
 import html
@@ -57,7 +57,7 @@ from .cloning import chooses_candidates, restricted_actions_at
 from .memory_tracking import format_bytes
 from .planner import memory_model_for, plan_items
 
-# %% ../../nbs/training/first_look.ipynb #d93a0562
+# %% ../../nbs/training/first_look.ipynb #608195ba
 def shorten_middle(
     text: str,
     limit: int = 1200,  # characters to keep
@@ -101,7 +101,7 @@ class PromptView:
             f"{self.observation_tokens:,}, chat template {rest:,}"
         )
 
-# %% ../../nbs/training/first_look.ipynb #a070ec86
+# %% ../../nbs/training/first_look.ipynb #7e6e530a
 def sample_responses(turns: Sequence[Turn], count: int = 3) -> list[Turn]:
     "Choose turns whose responses differ: a valid one first, then invalid ones"
     valid = [turn for turn in turns if turn.valid]
@@ -124,7 +124,7 @@ def describe_response(agent: Agent, turn: Turn) -> tuple[str, str]:
         return text, f"valid: action {turn.action!r}"
     return text, f"invalid: {shorten_middle(reason_kind(turn), 240)}"
 
-# %% ../../nbs/training/first_look.ipynb #ab6f2b0d
+# %% ../../nbs/training/first_look.ipynb #8f1bf82b
 MAX_SCORED_ACTIONS = 64  # in a state; more take too long for a first look
 
 
@@ -188,7 +188,7 @@ def _probabilities(observation: str, texts: Sequence[str], logprobs: Any) -> Act
     pairs = zip(texts, np.exp(np.asarray(logprobs, dtype=float)).tolist())
     return ActionProbabilities(observation, dict(sorted(pairs, key=lambda pair: -pair[1])))
 
-# %% ../../nbs/training/first_look.ipynb #4d596dd4
+# %% ../../nbs/training/first_look.ipynb #ff4f31fe
 class _Undo(Exception):
     "Ends a pass that is taken back"
 
@@ -257,7 +257,7 @@ def forecast_memory(
         for phase in ("rollout", "update")
     }
 
-# %% ../../nbs/training/first_look.ipynb #54c551a0
+# %% ../../nbs/training/first_look.ipynb #b13fa72b
 def format_seconds(seconds: float) -> str:
     "Return a time as text, in the unit that suits it"
     if seconds < 100:
@@ -359,7 +359,7 @@ def measure_costs(
         memory,
     )
 
-# %% ../../nbs/training/first_look.ipynb #723d28c3
+# %% ../../nbs/training/first_look.ipynb #fd5aeb83
 TRIAL_RESPONSES = 6  # of each kind
 MAX_TRIAL_SECONDS = 180  # so that a first look stays short
 
@@ -436,7 +436,7 @@ def try_changes(
         else None,
     )
 
-# %% ../../nbs/training/first_look.ipynb #255eb34d
+# %% ../../nbs/training/first_look.ipynb #a2428454
 def helped(trial: Trial, counts: ResponseCounts) -> bool:
     "Return whether clearly more responses of a trial are valid than without its change"
     share = counts.valid / counts.responses
@@ -484,11 +484,11 @@ def give_advice(
         advise_on_demonstrations(context),
         advise_on_warm_start(context, costs.pass_seconds / costs.trained_turns),
         advise_on_scoring(context),
-        train if stop is None or 1 - share <= stop else None,
+        train if 1 - share <= stop else None,
     ]
     return [each for each in advice if each is not None]
 
-# %% ../../nbs/training/first_look.ipynb #28c34836
+# %% ../../nbs/training/first_look.ipynb #424fa688
 _Block = str | Advice | list[tuple[str, ...]]  # a paragraph, advice, or the rows of a table
 
 
@@ -617,7 +617,7 @@ class FirstLook:
             parts.append(body)
         return "".join(parts)
 
-# %% ../../nbs/training/first_look.ipynb #82881f3f
+# %% ../../nbs/training/first_look.ipynb #de3e5c11
 def describe_agent(agent: Agent) -> str:
     "Return the model and the task in a few words"
     policy = agent.policy
