@@ -181,7 +181,7 @@ def _is_due(every: int, update: int, last: int) -> bool:
     "Test whether something that is done every few updates is due after this one"
     return every > 0 and (update % every == 0 or update == last)
 
-# %% ../nbs/trainer.ipynb #4ce08ce4
+# %% ../nbs/trainer.ipynb #86a8f901
 FEWEST_RESPONSES = 8  # to judge by
 
 
@@ -249,7 +249,7 @@ class Trainer:
         invalid = sum(not turn.valid for turn in turns)
         if invalid > limit * len(turns):
             path = rollout.save(self.output_dir / "first_episodes.parquet")
-            raise TooManyInvalidResponses(look_at_rollout(self.agent, rollout), limit, path)
+            raise TooManyInvalidResponses(look_at_rollout(self.agent, rollout, self.env), limit, path)
 
     def fit(
         self,

@@ -8,7 +8,7 @@ __all__ = ['MAX_SCORED_ACTIONS', 'TRIAL_RESPONSES', 'MAX_TRIAL_SECONDS', 'shorte
            'forecast_memory', 'format_seconds', 'RunCosts', 'measure_costs', 'Trial', 'longer_limit', 'try_changes',
            'helped', 'give_advice', 'FirstLook', 'describe_agent', 'look_at_rollout', 'first_look']
 
-# %% ../../nbs/training/first_look.ipynb #bd64f988
+# %% ../../nbs/training/first_look.ipynb #b6a65654
 import copy
 import dataclasses
 import html
@@ -20,8 +20,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
-import torch
 from peft import LoraConfig
 
 from ..agent import Agent, TaskAgent
@@ -57,7 +57,7 @@ from .cloning import chooses_candidates, restricted_actions_at
 from .memory_tracking import format_bytes
 from .planner import memory_model_for, plan_items
 
-# %% ../../nbs/training/first_look.ipynb #608195ba
+# %% ../../nbs/training/first_look.ipynb #17ec5d7d
 def shorten_middle(
     text: str,
     limit: int = 1200,  # characters to keep
@@ -101,13 +101,15 @@ class PromptView:
             f"{self.observation_tokens:,}, chat template {rest:,}"
         )
 
-# %% ../../nbs/training/first_look.ipynb #7e6e530a
+# %% ../../nbs/training/first_look.ipynb #3eb9bd85
 def sample_responses(turns: Sequence[Turn], count: int = 3) -> list[Turn]:
     "Choose turns whose responses differ: a valid one first, then invalid ones"
     valid = [turn for turn in turns if turn.valid]
     invalid = [turn for turn in turns if not turn.valid]
-    chosen, seen = [], set()
-    for turn in [*valid[:1], *invalid, *valid[1:]]:
+    different = list({reason_kind(turn): turn for turn in reversed(invalid)}.values())[::-1]
+    chosen: list[Turn] = []
+    seen: set[str] = set()
+    for turn in [*valid[:1], *different, *invalid, *valid[1:]]:
         if turn.response not in seen and len(chosen) < count:
             seen.add(turn.response)
             chosen.append(turn)
@@ -124,7 +126,7 @@ def describe_response(agent: Agent, turn: Turn) -> tuple[str, str]:
         return text, f"valid: action {turn.action!r}"
     return text, f"invalid: {shorten_middle(reason_kind(turn), 240)}"
 
-# %% ../../nbs/training/first_look.ipynb #8f1bf82b
+# %% ../../nbs/training/first_look.ipynb #829d96a2
 MAX_SCORED_ACTIONS = 64  # in a state; more take too long for a first look
 
 
@@ -188,7 +190,7 @@ def _probabilities(observation: str, texts: Sequence[str], logprobs: Any) -> Act
     pairs = zip(texts, np.exp(np.asarray(logprobs, dtype=float)).tolist())
     return ActionProbabilities(observation, dict(sorted(pairs, key=lambda pair: -pair[1])))
 
-# %% ../../nbs/training/first_look.ipynb #ff4f31fe
+# %% ../../nbs/training/first_look.ipynb #9e5aacd8
 class _Undo(Exception):
     "Ends a pass that is taken back"
 
@@ -257,7 +259,7 @@ def forecast_memory(
         for phase in ("rollout", "update")
     }
 
-# %% ../../nbs/training/first_look.ipynb #b13fa72b
+# %% ../../nbs/training/first_look.ipynb #bed6b1f7
 def format_seconds(seconds: float) -> str:
     "Return a time as text, in the unit that suits it"
     if seconds < 100:
@@ -359,7 +361,7 @@ def measure_costs(
         memory,
     )
 
-# %% ../../nbs/training/first_look.ipynb #fd5aeb83
+# %% ../../nbs/training/first_look.ipynb #f3414ddd
 TRIAL_RESPONSES = 6  # of each kind
 MAX_TRIAL_SECONDS = 180  # so that a first look stays short
 
@@ -436,7 +438,7 @@ def try_changes(
         else None,
     )
 
-# %% ../../nbs/training/first_look.ipynb #a2428454
+# %% ../../nbs/training/first_look.ipynb #bb71dd38
 def helped(trial: Trial, counts: ResponseCounts) -> bool:
     "Return whether clearly more responses of a trial are valid than without its change"
     share = counts.valid / counts.responses
@@ -484,11 +486,11 @@ def give_advice(
         advise_on_demonstrations(context),
         advise_on_warm_start(context, costs.pass_seconds / costs.trained_turns),
         advise_on_scoring(context),
-        train if 1 - share <= stop else None,
+        train if 1 - share <= min(stop, 0.5) else None,
     ]
     return [each for each in advice if each is not None]
 
-# %% ../../nbs/training/first_look.ipynb #424fa688
+# %% ../../nbs/training/first_look.ipynb #13247700
 _Block = str | Advice | list[tuple[str, ...]]  # a paragraph, advice, or the rows of a table
 
 
@@ -617,7 +619,7 @@ class FirstLook:
             parts.append(body)
         return "".join(parts)
 
-# %% ../../nbs/training/first_look.ipynb #de3e5c11
+# %% ../../nbs/training/first_look.ipynb #7a86a3cb
 def describe_agent(agent: Agent) -> str:
     "Return the model and the task in a few words"
     policy = agent.policy
@@ -628,14 +630,29 @@ def describe_agent(agent: Agent) -> str:
     return f"{name}{task} ({policy.causal_lm.num_parameters():,} weights, {trained:,} trained {how})"
 
 
+def _action_space(agent: Agent, env: Any) -> gym.Space:
+    "Return the action space of an environment, as `collect` takes it"
+    if isinstance(env, gym.vector.VectorEnv):
+        return env.single_action_space
+    made = agent.bind(env).make()
+    space = made.action_space
+    if made is not env:
+        made.close()
+    return space
+
+
 def look_at_rollout(
     agent: Agent,
     rollout: Rollout,  # just played by the agent
+    env: Any = None,  # in this environment; default: that of the agent's task
 ) -> FirstLook:
     "Make the page of episodes that were played already; nothing is trained"
     counts = ResponseCounts.from_turns(rollout.turns)
+    context = agent.advice_context()
     context = dataclasses.replace(
-        agent.advice_context(), system_prompt=rollout[0].system_prompt
+        context,
+        system_prompt=rollout[0].system_prompt,
+        space=_action_space(agent, env) if context.space is None else context.space,
     )
     with agent.locked():
         actions = action_probabilities(agent, rollout)
@@ -676,4 +693,4 @@ def first_look(
         # The page says it, and says more.
         warnings.filterwarnings("ignore", "none of .* responses held an action")
         rollout = collect(agent, env, episodes, num_envs, seed)
-    return look_at_rollout(agent, rollout)
+    return look_at_rollout(agent, rollout, env)
