@@ -249,7 +249,9 @@ class Trainer:
         invalid = sum(not turn.valid for turn in turns)
         if invalid > limit * len(turns):
             path = rollout.save(self.output_dir / "first_episodes.parquet")
-            raise TooManyInvalidResponses(look_at_rollout(self.agent, rollout, self.env), limit, path)
+            raise TooManyInvalidResponses(
+                look_at_rollout(self.agent, rollout, self.env), limit, path
+            )
 
     def fit(
         self,

@@ -148,8 +148,16 @@ def advise_on_prompt(context: AdviceContext, remark: str = "") -> Advice:
     task, prompt, example = context.task, context.system_prompt, context.example
     if task is None or example is None:
         what = "Show the format of a response in the prompt"
-        why = "get_system_prompt gives the model no prompt" if not prompt else "extract_action expects it"
-        code = "# in your class: end the texts with an example of a valid response\ndef format_observation(self, observation):\n    return f\"{observation}\\nReply with one line, such as: ...\""
+        why = (
+            "get_system_prompt gives the model no prompt"
+            if not prompt
+            else "extract_action expects it"
+        )
+        code = (
+            "# in your class: end the texts with an example of a valid response\n"
+            "def format_observation(self, observation):\n"
+            '    return f"{observation}\\nReply with one line, such as: ..."'
+        )
         return Advice(what, why + remark, code)
     reminder = context.reminder
     if not prompt:
@@ -160,7 +168,9 @@ def advise_on_prompt(context: AdviceContext, remark: str = "") -> Advice:
         why = f"the system prompt does not show a whole response, such as {example!r}"
         code = context.code_with_task(f"system_prompt=task.system_prompt + {' ' + reminder!r}")
         return Advice("Show an example in the system prompt", why + remark, code)
-    why = f"only the system prompt shows the format ({example!r}), and the observation comes after it"
+    why = (
+        f"only the system prompt shows the format ({example!r}), and the observation comes after it"
+    )
     code = context.code_with_task(
         f"format_observation=lambda obs, info, old=task.format_observation: "
         f"old(obs, info) + {chr(10) + reminder!r}"

@@ -13,7 +13,6 @@ import copy
 import dataclasses
 import html
 import math
-import statistics
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -181,7 +180,9 @@ def action_probabilities(
         if texts:
             candidates = Candidates.from_texts(texts, agent.shared.renderer)
             prompt = episode.segments[turn.segment].ids[: turn.start]
-            (sample,) = agent.engine.sample([prompt], [None], greedy=True, candidates=[candidates.ids])
+            (sample,) = agent.engine.sample(
+                [prompt], [None], greedy=True, candidates=[candidates.ids]
+            )
             found.append(_probabilities(turn.observation, texts, sample.candidate_logprobs))
     return found
 
@@ -234,7 +235,9 @@ def memory_config(agent: Agent) -> Config:
     if policy.adapter is not None:
         lora = policy.model.peft_config[policy.adapter]
         if not isinstance(lora, LoraConfig):
-            raise ValueError(f"the planner knows LoRA adapters, and this is a {type(lora).__name__}")
+            raise ValueError(
+                f"the planner knows LoRA adapters, and this is a {type(lora).__name__}"
+            )
         modules = lora.target_modules
         modules = modules if isinstance(modules, str) else sorted(modules)
         changes["model.lora"] = dict(r=lora.r, alpha=lora.lora_alpha, target_modules=modules)
@@ -431,9 +434,7 @@ def try_changes(
         )
         if cut
         else None,
-        Trial(
-            f"{reminder!r} after the observation", _count_valid(agent, short), len(short)
-        )
+        Trial(f"{reminder!r} after the observation", _count_valid(agent, short), len(short))
         if short
         else None,
     )
@@ -569,7 +570,9 @@ class FirstLook:
 
     def _reasons(self) -> list[_Block]:
         counts, limit = self.counts, self.costs.config.generate.max_new_tokens
-        rows = [(f"{n}", _one_line(shorten_middle(reason, 160))) for reason, n in counts.reasons[:4]]
+        rows = [
+            (f"{n}", _one_line(shorten_middle(reason, 160))) for reason, n in counts.reasons[:4]
+        ]
         if len(counts.reasons) > 4:
             rows.append((f"{sum(n for _, n in counts.reasons[4:])}", "other reasons"))
         blocks: list[_Block] = [rows]
@@ -583,12 +586,15 @@ class FirstLook:
 
     def _return_text(self) -> str:
         known = [f"{name} {value:.3f}" for name, value in self.references.items()]
-        text = f"{self.games.mean_return:.3f} {self.games.interval} in {len(self.episodes)} episodes"
+        text = (
+            f"{self.games.mean_return:.3f} {self.games.interval} in {len(self.episodes)} episodes"
+        )
         text += f"; known: {', '.join(known)}" if known else ""
         if self.counts.invalid:
+            alone = " alone" if self.counts.valid else ""
             text += (
-                f". {self.counts.invalid} of {self.counts.responses} turns had no action of the "
-                "model's: what on_invalid does instead is part of this return"
+                f". In {self.counts.invalid} of {self.counts.responses} turns the model gave no "
+                f"action (see on_invalid), so this is not its own return{alone}"
             )
         return text
 
@@ -608,7 +614,9 @@ class FirstLook:
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
-        parts = [f"<p><b>First look at {html.escape(self.name)}</b>: {html.escape(self.verdict)}</p>"]
+        parts = [
+            f"<p><b>First look at {html.escape(self.name)}</b>: {html.escape(self.verdict)}</p>"
+        ]
         for title, blocks in self.sections():
             parts.append(f"<h4>{html.escape(title)}</h4>")
             body = "".join(map(_block_html, blocks))
@@ -627,7 +635,9 @@ def describe_agent(agent: Agent) -> str:
     trained = sum(parameter.numel() for parameter in policy.parameters())
     how = "through LoRA" if policy.adapter else "of its own"
     task = f" in {agent.task.name}" if isinstance(agent, TaskAgent) else ""
-    return f"{name}{task} ({policy.causal_lm.num_parameters():,} weights, {trained:,} trained {how})"
+    return (
+        f"{name}{task} ({policy.causal_lm.num_parameters():,} weights, {trained:,} trained {how})"
+    )
 
 
 def _action_space(agent: Agent, env: Any) -> gym.Space:
