@@ -126,7 +126,13 @@ def build(setup: Setup, seed: int, folder: str, task: Task | None = None) -> Age
     config = Config.from_dict(
         OPTIONS
         | setup.options
-        | {"credit.algorithm": setup.algorithm, "trainer.seed": seed, "trainer.output_dir": folder}
+        # Faults of the format are planted, and the doctor is to find them.
+        | {
+            "trainer.stop_if_invalid": 1,
+            "credit.algorithm": setup.algorithm,
+            "trainer.seed": seed,
+            "trainer.output_dir": folder,
+        }
     )
     kind = ScoredAgent if setup.scored else Agent
     lora = None if setup.pretrained else setup.lora

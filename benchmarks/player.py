@@ -53,7 +53,7 @@ RUN = """
 task = frozen_lake(slippery=False)
 task.max_steps = 20
 config = Config.from_dict({{"generate.max_new_tokens": 6, "rollout": dict(episodes=32, num_envs=32), "ppo.epochs": 2,
-                           "trainer": dict(updates={updates}, eval_every=10, eval_episodes=8, checkpoint_every=0, output_dir={folder!r})}})
+                           "trainer": dict(updates={updates}, eval_every=10, eval_episodes=8, checkpoint_every=0, output_dir={folder!r}, stop_if_invalid=1)}})
 agent = Agent.for_task(task, Policy.load("tiny", lora=LoRAConfig(r=8)), config=config)
 trainer = Trainer(agent)
 run = trainer.fit()

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from .training.branch import branch
     from .training.callbacks import Anneal, Callback
     from .training.cloning import clone
+    from .training.first_look import first_look
     from .training.planner import plan
     from .training.probe_runs import immediate_reward, plot_probe_results, run_probe
     from .widgets.monitor import TrainingMonitor
@@ -69,6 +70,7 @@ __all__ = [
     "collect",
     "evaluate",
     "find_tutorial",
+    "first_look",
     "frozen_lake",
     "get_task",
     "greedy_choices",
@@ -119,6 +121,7 @@ _MODULE_OF = {
     "Anneal": "training.callbacks",
     "Callback": "training.callbacks",
     "clone": "training.cloning",
+    "first_look": "training.first_look",
     "plan": "training.planner",
     "immediate_reward": "training.probe_runs",
     "plot_probe_results": "training.probe_runs",

@@ -22,6 +22,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .agents.recorder import Candidates, EpisodeRecorder
+from .agents.remedies import AdviceContext, warn_all_invalid
 from .agents.shared import ConversationSettings, SharedState, as_config, as_policy
 from .buffer import EpisodeBuffer
 from .chat.conversation import Conversation
@@ -164,6 +165,13 @@ class Agent(TextInterface):
         "Return how conversations and invalid responses are treated"
         return ConversationSettings().override(self.config)
 
+    def advice_context(self) -> AdviceContext:
+        "Return what advice on invalid responses depends on"
+        prompt = None if self.recorder is None else self.recorder.conversation.system_prompt
+        return AdviceContext(
+            self.config, self.extract_action, type(self).__name__, prompt, space=self.action_space
+        )
+
     def conversation(self, system_prompt: str | None = None) -> Conversation:
         "Start an empty conversation; its system prompt is this agent's own by default"
         prompt = self.get_system_prompt() if system_prompt is None else system_prompt
@@ -285,9 +293,12 @@ def sample_turn(
         )
     response = recorder.add_response(sample, candidates)
     parsed = parse_action(agent.extract_action, response, agent.action_space, legal)
-    agent.shared.count_response(parsed, response)
     invalid_reward = agent.conversation_settings().invalid_reward
     recorder.set_validity(parsed.reason, invalid_reward)
+    if parsed.valid:
+        agent.shared.last_action = copy_containers(parsed.action)
+    if agent.shared.count_response(recorder.turns[-1]):
+        warn_all_invalid(agent.shared.first_turns, agent.advice_context(), parsed.error)
     format_reward = as_reward(agent.format_reward(response), "format_reward")
     recorder.turns[-1].reward += response_reward(parsed, format_reward, invalid_reward)
     return parsed
@@ -438,6 +449,17 @@ class TaskAgent(Agent):
             task.history, task.context, task.on_invalid, task.invalid_reward
         )
         return settings.override(self.config)
+
+    def advice_context(self) -> AdviceContext:
+        "Return what advice on invalid responses depends on"
+        return AdviceContext(
+            self.config,
+            self.task.extract_action,
+            type(self).__name__,
+            self.task.system_prompt,
+            self.task,
+            self.action_space,
+        )
 
     def get_system_prompt(self) -> str | None:
         return self.task.system_prompt

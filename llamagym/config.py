@@ -375,6 +375,13 @@ class TrainerConfig(Section):
     )
     output_dir: str = option("runs/latest", "folder of metrics and checkpoints", pattern=r".+")
     seed: int = option(0, "seed of sampling, environments and mini-batches", at_least=0)
+    stop_if_invalid: float = option(
+        0.5,
+        "fit stops before the first update if more than this share of its responses is invalid, "
+        "with a page on what to do; 1 never stops",
+        at_least=0,
+        at_most=1,
+    )
 
 # %% ../nbs/config.ipynb #b5d73da5
 # For small models that are trained whole, such as the tiny one; the notebook says why.

@@ -24,7 +24,8 @@ import gymnasium as gym
 from .agent import Agent, TaskAgent
 from .agents.episode_runner import EpisodeRunner, Failure, Snapshot
 from .agents.exact import ReturnEstimate, greedy_return, is_deterministic
-from .agents.shared import make_engine, warn_all_invalid
+from .agents.remedies import AdviceContext, warn_all_invalid
+from .agents.shared import make_engine
 from .buffer import EpisodeBuffer
 from .envs.adapters import unstack_vector_env
 from .envs.frames import FrameCache
@@ -104,7 +105,8 @@ class RolloutLoop:
 
     def __init__(self, runners: Sequence[EpisodeRunner], engine: Engine) -> None:
         self.engine = engine
-        self.idle = list(runners)[::-1]
+        self.runners = list(runners)
+        self.idle = self.runners[::-1]
         self.stepping: list[EpisodeRunner] = []
         self.generating: list[EpisodeRunner] = []
         self.episodes: dict[int, Episode] = {}  # ended ones, by index
@@ -178,6 +180,14 @@ class RolloutLoop:
             else:
                 self.advance(runner, runner.apply_response, self.stepping)
 
+    def advice_context(self) -> AdviceContext:
+        "Return what advice on invalid responses depends on"
+        runner = next(runner for runner in self.runners if runner.recorder is not None)
+        context = runner.session.advice_context()
+        if context.space is None and runner.env is not None:
+            context = dataclasses.replace(context, space=runner.env.env.action_space)
+        return context
+
     def result(self) -> Rollout:
         "Return the episodes in order; warn of lost ones, and if no response was valid"
         self.failures.sort(key=lambda failure: failure.index)
@@ -190,7 +200,7 @@ class RolloutLoop:
             warnings.warn(failure_report(self.failures, len(rollout)), stacklevel=3)
         turns = [turn for episode in rollout for turn in episode.turns]
         if len(turns) >= 8 and not any(turn.valid for turn in turns):
-            warn_all_invalid(len(turns), turns[-1].response, self.parser_error)
+            warn_all_invalid(turns, self.advice_context(), self.parser_error)
         return rollout
 
 # %% ../nbs/rollout.ipynb #3353438c

@@ -56,9 +56,15 @@ def random_rows(vocab: int, lengths, seed=0) -> list[list[int]]:
 
 
 def config(**options) -> Config:
-    "Return a config with short responses; `ppo__epochs=1` sets `ppo.epochs`"
+    """Return a config with short responses; `ppo__epochs=1` sets `ppo.epochs`
+
+    Untrained models are trained on purpose, although few of their responses are valid."""
     return Config.from_dict(
-        {"generate.max_new_tokens": 4, "ppo.turns_per_update": 1000}
+        {
+            "generate.max_new_tokens": 4,
+            "ppo.turns_per_update": 1000,
+            "trainer.stop_if_invalid": 1,
+        }
         | {k.replace("__", "."): v for k, v in options.items()}
     )
 

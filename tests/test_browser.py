@@ -267,7 +267,7 @@ RUN = """
 from llamagym.widgets.monitor import TrainingMonitor
 monitor = TrainingMonitor(min_interval=0.2, max_cpu_fraction=1.0)
 output = {folder!r}
-run = Trainer(agent, config=TrainerConfig(updates=400, eval_every=5, eval_episodes=8, output_dir=output), callbacks=[monitor]).fit()
+run = Trainer(agent, config=TrainerConfig(updates=400, eval_every=5, eval_episodes=8, output_dir=output, stop_if_invalid=1), callbacks=[monitor]).fit()
 """
 
 
@@ -359,7 +359,7 @@ def test_browser_monitor_shows_and_controls_a_run(page, lab, request, tmp_path):
 
 NO_SUBSHELLS = """
 from llamagym.widgets.monitor import TrainingMonitor
-run = Trainer(agent, config=TrainerConfig(updates=6, eval_every=0, output_dir={folder!r}), callbacks=[TrainingMonitor(min_interval=0.0, max_cpu_fraction=1.0)]).fit()
+run = Trainer(agent, config=TrainerConfig(updates=6, eval_every=0, output_dir={folder!r}, stop_if_invalid=1), callbacks=[TrainingMonitor(min_interval=0.0, max_cpu_fraction=1.0)]).fit()
 """
 
 

@@ -117,7 +117,7 @@ def findings(
                 "trainer.updates": 3, "trainer.eval_every": 0, "trainer.checkpoint_every": 0}  # fmt: skip
     config = Config.from_dict(
         defaults
-        | {"trainer.output_dir": str(folder)}
+        | {"trainer.output_dir": str(folder), "trainer.stop_if_invalid": 1}
         | {name.replace("__", "."): value for name, value in options.items()}
     )
     agent = agent_class.for_task(
@@ -234,7 +234,7 @@ def test_doctor_finds_nothing_in_runs_that_learn(options, seed, tmp_path):
 
 def test_doctor_reports_an_issue_once_across_a_resume(tmp_path, capsys):
     agent = Agent.for_task(steps_task(zero_reward), Policy.load("tiny"), config=Config.from_dict({
-        "generate.max_new_tokens": 2, "rollout.episodes": 4, "ppo.epochs": 1, "trainer": dict(updates=4, eval_every=0, output_dir=str(tmp_path))}))  # fmt: skip
+        "generate.max_new_tokens": 2, "rollout.episodes": 4, "ppo.epochs": 1, "trainer": dict(updates=4, eval_every=0, output_dir=str(tmp_path), stop_if_invalid=1)}))  # fmt: skip
     Trainer(agent).fit(updates=3)
     assert "constant returns" in capsys.readouterr().out
     run = Trainer(agent).fit(updates=6, resume=True)

@@ -56,6 +56,7 @@ def make_trainer(folder, *callbacks, updates=3, **options) -> Trainer:
             eval_episodes=4,
             checkpoint_every=0,
             output_dir=str(folder),
+            stop_if_invalid=1,
         ),
         callbacks=callbacks,
     )

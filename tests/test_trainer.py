@@ -593,7 +593,10 @@ def test_training_and_evaluation_use_different_episodes(tmp_path):
 def test_trainer_config_replaces_the_config_of_the_agent(tmp_path):
     agent = make_trainer(tmp_path).agent
     trainer = Trainer(
-        agent, config=TrainerConfig(updates=1, output_dir=str(tmp_path / "other"), eval_every=0)
+        agent,
+        config=TrainerConfig(
+            updates=1, output_dir=str(tmp_path / "other"), eval_every=0, stop_if_invalid=1
+        ),
     )
     assert (
         len(trainer.fit().history) == 1

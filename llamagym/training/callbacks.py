@@ -204,6 +204,7 @@ class Doctor(Callback):
             agent.policy.critic,
             self.observer.finish(trainer.history[-1]),
             frozenset(self.seeds),
+            agent.advice_context(),
         )
 
     def on_update_end(self, trainer: "Trainer", metrics: dict[str, Any]) -> None:

@@ -100,6 +100,8 @@ class CloneResult:
     references: dict[str, float] = field(default_factory=dict)
     wanted: float = 0.95  # share of valid responses, below which there is advice
     transcripts_valid: float = 1.0  # share of the transcripts' own responses that are valid
+    users_parser: bool = True  # whether the user wrote `extract_action`
+    remedy: str = ""  # what to do if too few responses are valid, with code
 
     def __getitem__(self, name: str) -> Any:
         "Return a field by its name, as `clone` of version 0.3 did"
@@ -119,22 +121,25 @@ class CloneResult:
             return None
         problem = f"{self.valid.share:.0%} of the responses are valid after the warm start"
         if self.transcripts_valid < self.wanted:
-            return (
-                f"{problem}, and {self.transcripts_valid:.0%} of the transcripts' own: "
-                "extract_action does not read what they say"
-            )
+            cause = "their responses are not in the format of the task"
+            if self.users_parser:
+                cause = "extract_action does not read what they say"
+            return f"{problem}, and {self.transcripts_valid:.0%} of the transcripts' own: {cause}"
         needed = transcripts_needed(self.curve, self.wanted)
         if needed is None:
             return (
                 f"{problem}; the measurements cannot tell how many more transcripts it takes to "
-                f"reach {self.wanted:.0%}"
+                f"reach {self.wanted:.0%}{self.remedy}"
             )
         # The curve counts repeats; each transcript is seen equally often.
         repeats = self.valid.transcripts / self.transcripts
         more = max(1, round(needed / repeats) - self.transcripts)
         digits = max(0, len(str(more)) - 2)
         more = math.ceil(more / 10**digits) * 10**digits
-        return f"{problem}; about {more:,} more transcripts would make it {self.wanted:.0%}"
+        return (
+            f"{problem}; about {more:,} more transcripts would make it {self.wanted:.0%}"
+            f"{self.remedy}"
+        )
 
     def rows(self) -> dict[str, str]:
         "Return what was measured, as text by name"

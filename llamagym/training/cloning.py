@@ -29,6 +29,7 @@ from transformers import PrinterCallback, TrainerCallback
 
 from ..agent import Agent, TaskAgent, TextInterface
 from ..agents.recorder import response_text
+from ..agents.remedies import is_users_parser
 from ..algorithms.advantages import return_to_go
 from ..algorithms.hidden_states import hidden_states
 from ..chat.reasoning import encode_response_with_reasoning
@@ -612,6 +613,16 @@ def clone_round(
     return float(loss), float(value_loss), float(tokens)
 
 
+def _remedy(agent: Agent) -> str:
+    "Return what to do if too few responses are valid, to end a sentence"
+    context = agent.advice_context()
+    again = "clone(agent, transcripts)" if context.task is None else "clone(agent)"
+    options = [f"imitate more transcripts: {again}"]
+    if context.task is not None and context.can_list_actions:
+        options.append("choose among the legal actions: ScoredAgent.for_task(task, policy)")
+    return f" ({'; or '.join(options)})"
+
+
 def clone(
     agent: Agent,  # its policy and critic are trained
     # episodes, or chats with or without rewards; default: random games of the agent's task
@@ -653,6 +664,8 @@ def clone(
         curve=watch.curve,
         transcripts_valid=watch.probe.transcripts_valid if watch.probe else 1.0,
         wanted=config.min_valid_rate,
+        users_parser=is_users_parser(agent.advice_context().parser),
+        remedy=_remedy(agent),
     )
     if isinstance(agent, TaskAgent) and config.probe_episodes:
         episodes = affordable_episodes(config, games, turns / games)

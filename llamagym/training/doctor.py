@@ -8,10 +8,13 @@ __all__ = ['MAX_UPDATE_KL', 'MIN_PREDICTABLE', 'diagnose']
 # %% ../../nbs/training/doctor.ipynb #db73b77c
 import json
 from collections import Counter
+from collections.abc import Sequence
 
 import numpy as np
 
 import llamagym.training.fault_checks  # noqa: F401  (registers its checks)
+from ..agents.remedies import AdviceContext, ResponseCounts, is_users_parser, remedies
+from ..episodes.episode import Turn
 from .dependence import predictability
 from .findings import CHECKS, Finding, RunState, adjust, check, either
 
@@ -143,15 +146,29 @@ def _lowest_invalid_rate(state: RunState) -> float:
     return min(metrics["invalid_rate"] for metrics in state.history)
 
 
+def _remedies(context: AdviceContext, turns: Sequence[Turn]) -> list[str]:
+    "Word the remedies in their order, with the call for those that are one call"
+    advice = remedies(context, ResponseCounts.from_turns(turns))
+    words = []
+    if is_users_parser(context.parser):
+        words.append("check extract_action on a response (agent.extract_action(turn.response))")
+    for each in advice:
+        call = each.code.splitlines()[-1].removeprefix("agent = ")
+        shown = f" ({call})" if call.startswith(("clone(", "ScoredAgent.")) else ""
+        words.append(each.what[0].lower() + each.what[1:] + shown)
+    return words
+
+
 def _advise_on_invalid_responses(state: RunState) -> str:
     rose = state.history[-1]["invalid_rate"] > _lowest_invalid_rate(state) + 0.1
+    suggestions = ["describe the format in the system prompt", "clone transcripts in that format"]
+    if state.advice_context is not None:
+        suggestions = _remedies(state.advice_context, state.turns)
     return either(
-        "check extract_action on a response (agent.extract_action(turn.response))",
-        "clone transcripts in the expected format",
-        "describe the format in the system prompt",
+        *suggestions,
         adjust(state, "lower", "rollout.invalid_reward"),
         adjust(state, "raise", "ppo.kl_coef") if rose else None,
-    )
+    ) + (". first_look(agent) shows the code for each" if state.advice_context else "")
 
 
 @check("invalid responses", _advise_on_invalid_responses)

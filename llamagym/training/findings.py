@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from ..agents.remedies import AdviceContext
 from ..algorithms.registry import ALGORITHMS, Algorithm
 from ..config import Config
 from ..episodes.episode import Episode, Turn
@@ -37,6 +38,7 @@ class RunState:
     critic: str = "reference"  # hidden states that the value head reads
     evidence: ModelEvidence | None = None  # what the model shows; `None`: it was not examined
     earlier_seeds: frozenset[int] = field(default_factory=frozenset)  # environment seeds so far
+    advice_context: AdviceContext | None = None  # for invalid responses; `None`: not known
 
     @cached_property
     def turns(self) -> list[Turn]:
