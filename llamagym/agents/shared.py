@@ -11,7 +11,7 @@ import dataclasses
 import threading
 import traceback
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,7 +22,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..buffer import EpisodeBuffer
-from ..chat.conversation import Conversation, Window
+from ..chat.conversation import Conversation, Demonstration, Window
 from ..chat.reasoning import reasoning_markers
 from ..chat.renderer import ChatRenderer
 from ..config import Config, GenerateConfig
@@ -48,6 +48,8 @@ class ConversationSettings:
     on_invalid: str | Retry = "fallback"  # or "terminate", or a number of further attempts
     # added to the reward of a turn whose response is invalid; None: the learner ranks it last
     invalid_reward: float | None = None
+    # observations and responses that are shown before the first turn
+    demonstrations: Sequence[Demonstration] = ()
 
     @property
     def max_attempts(self) -> int:
@@ -196,6 +198,7 @@ class SharedState:
             context=settings.context,
             max_length=self.config.context.max_length or model_limit,
             max_new_tokens=self.engine.config.max_new_tokens,
+            demonstrations=settings.demonstrations,
         )
 
     @contextmanager

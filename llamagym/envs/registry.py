@@ -14,6 +14,7 @@ import gymnasium as gym
 
 from .actions import ObservationFormatter, actions_for
 from .adapters import EnvLike, env_name, get_or_make_env
+from .guess_number import GUESS_NUMBER_ID, guess_number
 from .task import Task
 from .toy_text import blackjack, cliff_walking, frozen_lake, taxi
 
@@ -58,6 +59,7 @@ TASKS: dict[str, Callable[..., Task]] = {
     "CliffWalking-v1": cliff_walking,
     "CliffWalkingSlippery-v1": cliff_walking,
     "Taxi-v4": taxi,
+    GUESS_NUMBER_ID: guess_number,
 }
 
 
@@ -66,9 +68,11 @@ def _require_known(env_id: str) -> None:
     known = [*TASKS, *gym.registry]
     if env_id in known or ":" in env_id:
         return
-    near = difflib.get_close_matches(env_id, known, 1) or difflib.get_close_matches(
-        env_id.capitalize() + "-v1", list(TASKS), 1, 0.5
-    )
+    # "blackjack" and "frozen_lake" are near to names of functions, which have no version.
+    functions = {task.__name__: id_ for id_, task in reversed(TASKS.items())}
+    near = difflib.get_close_matches(env_id.lower(), list(functions), 1, 0.75)
+    near = [functions[name] for name in near] or difflib.get_close_matches(env_id, known, 1)
+    near = near or difflib.get_close_matches(env_id.capitalize() + "-v1", list(TASKS), 1, 0.5)
     suggestion = f"did you mean {near[0]!r}? " if near else ""
     raise ValueError(
         f"unknown environment {env_id!r}: {suggestion}"

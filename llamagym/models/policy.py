@@ -32,6 +32,7 @@ from llamagym.models.loading import (
     recover_folder,
 )
 from .reference import ReferenceModel, add_lora, without_adapters
+from .tiny import is_tiny
 from .value_head import make_value_head
 
 # %% ../../nbs/models/policy.ipynb #49507aca
@@ -157,6 +158,12 @@ class Policy:
     @property
     def device(self) -> torch.device:
         return self.causal_lm.device
+
+    @property
+    def pretrained(self) -> bool:
+        "Is this a model with weights that were learned elsewhere, not the tiny one?"
+        name = str((self.base or {}).get("name", ""))
+        return not (is_tiny(self.causal_lm.config) or name.partition(":")[0] == "tiny")
 
     @property
     def active_model(self) -> PreTrainedModel:
