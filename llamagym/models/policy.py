@@ -27,6 +27,7 @@ from .lm_head import TokenScores, head_logits, score_tokens
 from llamagym.models.loading import (
     atomic_folder,
     disable_bfloat16_cpu_kernel,
+    is_gguf,
     load_base,
     no_progress_bars,
     recover_folder,
@@ -117,7 +118,7 @@ class Policy:
 
     @staticmethod
     def load(
-        name: str | os.PathLike[str],  # a saved policy, a hub name, a folder or `"tiny"`
+        name: str | os.PathLike[str],  # a saved policy, hub name, folder, GGUF file or `"tiny"`
         quantize: str | None = None,  # `None` or `"nf4"`
         lora: LoRAConfig | LoraConfig | None = None,  # `None` trains all weights
         dtype: str | torch.dtype = "auto",  # float32 on a CPU or without LoRA, else 16-bit
@@ -272,7 +273,7 @@ def require_no_options(
 
 
 def make_policy(
-    name: str | os.PathLike[str],  # hub name, folder, `"tiny"` or `"tiny:<family>"`
+    name: str | os.PathLike[str],  # hub name, folder, GGUF file, `"tiny"` or `"tiny:<family>"`
     quantize: str | None,
     lora: LoRAConfig | LoraConfig | None,
     dtype: str | torch.dtype,
@@ -287,7 +288,8 @@ def make_policy(
             "4-bit weights cannot be trained themselves: "
             "pass lora=LoRAConfig(...) with quantize='nf4'"
         )
-    name = str(Path(name).resolve()) if Path(name).is_dir() else str(name)
+    local = Path(name).is_dir() or (is_gguf(name) and Path(name).is_file())
+    name = str(Path(name).resolve()) if local else str(name)
     # Weights that are trained themselves are float32: bfloat16 would round small steps to zero.
     if lora is None and dtype == "auto":
         dtype = "float32"
@@ -305,8 +307,10 @@ def describe_policy(
     trained = sum(p.numel() for p in policy.parameters())
     adapter = " through a LoRA adapter" if policy.adapter else ""
     reference = "set" if policy.reference.is_set else "is the base"
+    name = str((policy.base or {}).get("name", ""))
+    source = f" of {Path(name).name}" if is_gguf(name) else ""
     return (
-        f"Policy({type(policy.causal_lm).__name__}, {policy.causal_lm.num_parameters():,} "
+        f"Policy({type(policy.causal_lm).__name__}{source}, {policy.causal_lm.num_parameters():,} "
         f"parameters, {trained:,} of them trained{adapter}, critic {policy.critic!r}, "
         f"reference {reference})"
     )

@@ -7,6 +7,7 @@ __all__ = ['WORDS', 'ROLES', 'CHAT_TEMPLATE', 'FAMILIES', 'TINY_KEY', 'DISTANCES
            'tiny_config', 'is_tiny', 'attend_locally', 'tiny_model']
 
 # %% ../../nbs/models/tiny.ipynb #15d6cea1
+import difflib
 from typing import Any
 
 import torch
@@ -116,7 +117,11 @@ def tiny_config(
 ) -> PretrainedConfig:
     "Return the config of a model of about 200,000 parameters. Raises `ValueError` if unknown"
     if family not in FAMILIES:
-        raise ValueError(f"unknown tiny family {family!r}; expected one of {', '.join(FAMILIES)}")
+        near = difflib.get_close_matches(family, FAMILIES, 1)
+        suggestion = f"did you mean 'tiny:{near[0]}'? " if near else ""
+        raise ValueError(
+            f"unknown tiny family {family!r}: {suggestion}Expected one of {', '.join(FAMILIES)}"
+        )
     tokenizer = tokenizer or tiny_tokenizer()
     sizes = dict(
         vocab_size=len(tokenizer),
