@@ -324,8 +324,8 @@ def test_bad_demonstrations_raise(examples, error, message):
 
 
 def test_demonstrations_that_the_task_finds_invalid_raise():
-    with pytest.raises(ValueError, match="demonstration 1 responds 'Go up!', which is invalid"):
-        shown_lake(demonstrations=[SHOWN[0], ("Row 9.", "Go up!")])
+    with pytest.raises(ValueError, match="demonstration 1 responds 'Jump!', which is invalid"):
+        shown_lake(demonstrations=[SHOWN[0], ("Row 9.", "Jump!")])
     with pytest.raises(ValueError, match="51 is not an action"):
         dataclasses.replace(guess_number(), demonstrations=[("Guess.", "Action: 51")])
 

@@ -248,7 +248,8 @@ def transcript(
     if episode.system_prompt is not None:
         lines += labeled_lines("system", episode.system_prompt)
     for observation, response in episode.demonstrations:
-        lines += labeled_lines("shown", observation) + labeled_lines("response", response)
+        lines += labeled_lines("shown", observation)
+        lines += labeled_lines("response", response)
     for t, turn in enumerate(episode.turns):
         lines += labeled_lines(f"turn {t}", turn.observation)
         if turn.reasoning is not None:

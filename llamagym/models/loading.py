@@ -17,6 +17,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -251,9 +252,14 @@ def load_gguf(
     _log.info("%s: weights stored as %s, dequantized to %s", name, stored, dtype)
     config = read_config(name)
     tokenizer = AutoTokenizer.from_pretrained(**source_arguments(name))
-    model = AutoModelForCausalLM.from_pretrained(
-        **source_arguments(name), config=config, dtype=dtype
-    )
+    options: dict[str, Any] = dict(config=config, dtype=dtype)
+    if hasattr(transformers, "GgufConfig"):  # in newer versions weights stay packed by default
+        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    model = AutoModelForCausalLM.from_pretrained(**source_arguments(name), **options)
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None:
+        # The weights are plain now, but models marked as quantized are not trained or saved.
+        quantizer.remove_quantization_config(model)
     model.name_or_path = name
     return model, tokenizer
 
