@@ -264,7 +264,7 @@ def offline(monkeypatch):
         ("Tiny", "tiny"),
         ("tin", "tiny"),
         ("tiny:lama", "tiny:llama"),
-        ("tinny:qwen", "tiny:qwen2"),
+        ("tinny:qwen", "tiny:qwen[23]"),
         ("TINY:llama", "tiny:llama"),
     ],
 )

@@ -112,7 +112,7 @@ def format_guess(
     if HINTS[hint] == "none":
         return f"Guess the number. {turns}"
     if HINTS[hint] == "right":
-        return f"{guess} is the number."
+        return f"{guess} is the number. {turns}"
     return f"The number is {HINTS[hint]} than {guess}. {turns}"
 
 

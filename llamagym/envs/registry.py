@@ -68,11 +68,12 @@ def _require_known(env_id: str) -> None:
     known = [*TASKS, *gym.registry]
     if env_id in known or ":" in env_id:
         return
-    # "blackjack" and "frozen_lake" are near to names of functions, which have no version.
+    near = difflib.get_close_matches(env_id, known, 1)
+    # "frozen_lake" and "blackjack" are names of functions, without a version.
     functions = {task.__name__: id_ for id_, task in reversed(TASKS.items())}
-    near = difflib.get_close_matches(env_id.lower(), list(functions), 1, 0.75)
-    near = [functions[name] for name in near] or difflib.get_close_matches(env_id, known, 1)
-    near = near or difflib.get_close_matches(env_id.capitalize() + "-v1", list(TASKS), 1, 0.5)
+    near = near or [
+        functions[name] for name in difflib.get_close_matches(env_id.lower(), list(functions), 1)
+    ]
     suggestion = f"did you mean {near[0]!r}? " if near else ""
     raise ValueError(
         f"unknown environment {env_id!r}: {suggestion}"

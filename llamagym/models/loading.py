@@ -124,7 +124,8 @@ def require_spelled(
     "Raise `ValueError` for a name that is nearly `tiny` or `tiny:<family>`"
     head, colon, family = name.partition(":")
     is_name = not Path(name).exists() and not set("/\\.") & set(name)
-    if head == "tiny" or not is_name or not difflib.get_close_matches(head.lower(), ["tiny"]):
+    is_near = bool(difflib.get_close_matches(head.lower(), ["tiny"], cutoff=0.8))
+    if head == "tiny" or not is_name or not is_near:
         return
     near = difflib.get_close_matches(family, FAMILIES, 1)
     suggestion = "tiny" + (colon + near[0] if near else "")
