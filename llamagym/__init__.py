@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .envs.baselines import RandomAgent, ScriptedAgent, play
     from .envs.check import check_env
     from .envs.exact import blackjack_tree
+    from .envs.guess_number import guess_number
     from .envs.probes import PROBES
     from .envs.registry import get_task
     from .envs.tabular import tabular_model
@@ -74,6 +75,7 @@ __all__ = [
     "frozen_lake",
     "get_task",
     "greedy_choices",
+    "guess_number",
     "immediate_reward",
     "plan",
     "play",
@@ -105,6 +107,7 @@ _MODULE_OF = {
     "play": "envs.baselines",
     "check_env": "envs.check",
     "blackjack_tree": "envs.exact",
+    "guess_number": "envs.guess_number",
     "PROBES": "envs.probes",
     "get_task": "envs.registry",
     "tabular_model": "envs.tabular",

@@ -255,9 +255,10 @@ class Agent(TextInterface):
         model: Policy | PreTrainedModel | PeftModel,  # as for an `Agent`
         tokenizer: PreTrainedTokenizerBase | None = None,  # the model's own; a `Policy` brings it
         config: Config | None = None,  # all options
+        instruct: bool | None = None,  # use `instruct_prompt`; default: if the model is pretrained
     ) -> "TaskAgent":
         "Return an agent whose methods are the task's"
-        return TaskAgent(task, model, tokenizer, config)
+        return TaskAgent(task, model, tokenizer, config, instruct)
 
 # %% ../nbs/agent.ipynb #49de5966
 class InvalidResponse(ValueError):
@@ -424,6 +425,7 @@ class TaskAgent(Agent):
         model: Policy | PreTrainedModel | PeftModel,  # as for an `Agent`
         tokenizer: PreTrainedTokenizerBase | None = None,  # the model's own; a `Policy` brings it
         config: Config | None = None,  # all options
+        instruct: bool | None = None,  # use `instruct_prompt`; default: if the model is pretrained
     ) -> None:
         if not isinstance(task, Task):
             raise TypeError(
@@ -433,6 +435,9 @@ class TaskAgent(Agent):
         policy = as_policy(model, tokenizer, None, config or Config())
         super().__init__(policy, config=config or Config.for_model(policy))
         self.task = task
+        self.instruct = policy.pretrained if instruct is None else instruct
+        if task.demonstrations:
+            self.conversation()  # raises if they do not fit into the model's context
 
     def __repr__(self) -> str:
         return f"Agent.for_task({self.task.name}, {self.policy!r})"
@@ -446,7 +451,7 @@ class TaskAgent(Agent):
         "Return the task's settings, with those that the configuration sets replaced"
         task = self.task
         settings = ConversationSettings(
-            task.history, task.context, task.on_invalid, task.invalid_reward
+            task.history, task.context, task.on_invalid, task.invalid_reward, task.demonstrations
         )
         return settings.override(self.config)
 
@@ -462,7 +467,7 @@ class TaskAgent(Agent):
         )
 
     def get_system_prompt(self) -> str | None:
-        return self.task.system_prompt
+        return self.task.prompt_for(self.instruct)
 
     def format_observation(self, observation: Any) -> str:
         return self.task.format_observation(observation, self.newest_info)
@@ -495,5 +500,9 @@ class TaskAgent(Agent):
         env: Any = None,  # id, factory or instance; default: the task's own
     ) -> Task:
         "Return the task as this agent is configured to play it"
-        env = self.task.env if env is None else env
-        return dataclasses.replace(self.task, env=env, **vars(self.conversation_settings()))
+        return dataclasses.replace(
+            self.task,
+            env=self.task.env if env is None else env,
+            system_prompt=self.get_system_prompt(),
+            **vars(self.conversation_settings()),
+        )

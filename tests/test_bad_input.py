@@ -81,7 +81,7 @@ def plain_agent(policy, cls=Plain, **options) -> Agent:
         (
             dict(name="tiny:lama"),
             ValueError,
-            "unknown tiny family 'lama'; expected one of llama, smollm, qwen2",
+            r"unknown tiny family 'lama': did you mean 'tiny:llama'\? Expected one of llama, smollm, qwen2",
         ),
         (dict(quantize="int8", lora=RANK), ValueError, "quantize='int8': expected None or 'nf4'"),
         (

@@ -188,7 +188,7 @@ def test_newer_file_format_raises(tmp_path):
     )
     with pytest.raises(
         ValueError,
-        match="is of format 99, this version reads 1 and 2: install the version of llamagym",
+        match="is of format 99, this version reads 1 to 3: install the version of llamagym",
     ):
         EpisodeBuffer.load(tmp_path / "new.parquet")
 

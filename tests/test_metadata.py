@@ -41,7 +41,7 @@ PINS = {
     )
 }
 CORE = "torch transformers peft accelerate gymnasium numpy pyarrow matplotlib ipywidgets anywidget tqdm".split()
-EXTRAS = "gpu warmstart envs notebook docs dev".split()
+EXTRAS = "gpu warmstart gguf envs notebook docs dev".split()
 
 
 def text(name: str) -> str:

@@ -169,5 +169,6 @@ class EpisodeRecorder:
             self.conversation.system_prompt,
             final_observation=final_observation,
             final_ids=final_ids,
+            demonstrations=list(self.conversation.demonstrations),
             **self.episode_fields,
         )

@@ -62,9 +62,10 @@ class ScoredAgent(Agent):
         model: Policy | PreTrainedModel | PeftModel,  # as for an `Agent`
         tokenizer: PreTrainedTokenizerBase | None = None,  # the model's own; a `Policy` brings it
         config: Config | None = None,  # all options
+        instruct: bool | None = None,  # use `instruct_prompt`; default: if the model is pretrained
     ) -> "ScoredTaskAgent":
         "Return an agent that chooses among a task's legal actions"
-        return ScoredTaskAgent(task, model, tokenizer, config)
+        return ScoredTaskAgent(task, model, tokenizer, config, instruct)
 
 # %% ../../nbs/agents/scored.ipynb #c9973613
 class ScoredTaskAgent(TaskAgent, ScoredAgent):

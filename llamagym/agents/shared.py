@@ -8,7 +8,7 @@ __all__ = ['parse_on_invalid', 'ConversationSettings', 'as_policy', 'as_config',
 # %% ../../nbs/agents/shared.ipynb #ae2c8f1c
 import dataclasses
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,7 +19,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..buffer import EpisodeBuffer
-from ..chat.conversation import Conversation, Window
+from ..chat.conversation import Conversation, Demonstration, Window
 from ..chat.reasoning import reasoning_markers
 from ..chat.renderer import ChatRenderer
 from ..chat.special_tokens import replace_surrogates
@@ -48,6 +48,8 @@ class ConversationSettings:
     on_invalid: str | Retry = "fallback"  # or "terminate", or a number of further attempts
     # added to the reward of a turn whose response is invalid; None: the learner ranks it last
     invalid_reward: float | None = None
+    # observations and responses that are shown before the first turn
+    demonstrations: Sequence[Demonstration] = ()
 
     @property
     def max_attempts(self) -> int:
@@ -181,6 +183,7 @@ class SharedState:
             context=settings.context,
             max_length=max_length or longest_conversation(self.policy.causal_lm),
             max_new_tokens=self.engine.config.max_new_tokens,
+            demonstrations=settings.demonstrations,
         )
 
     @contextmanager

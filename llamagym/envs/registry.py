@@ -15,6 +15,7 @@ from gymnasium.envs.registration import EnvSpec
 
 from .actions import ObservationFormatter, actions_for
 from .adapters import EnvLike, close_env, env_name, get_or_make_env
+from .guess_number import GUESS_NUMBER_ID, guess_number
 from .results import known_space
 from .task import Task
 from .toy_text import blackjack, cliff_walking, frozen_lake, taxi
@@ -64,6 +65,7 @@ TASKS: dict[str, Callable[..., Task]] = {
     "CliffWalking-v1": cliff_walking,
     "CliffWalkingSlippery-v1": cliff_walking,
     "Taxi-v4": taxi,
+    GUESS_NUMBER_ID: guess_number,
 }
 
 
@@ -72,9 +74,12 @@ def _require_known(env_id: str) -> None:
     known = [*TASKS, *gym.registry]
     if env_id in known or ":" in env_id:
         return
-    near = difflib.get_close_matches(env_id, known, 1) or difflib.get_close_matches(
-        env_id.capitalize() + "-v1", list(TASKS), 1, 0.5
-    )
+    near = difflib.get_close_matches(env_id, known, 1)
+    # "frozen_lake" and "blackjack" are names of functions, without a version.
+    functions = {task.__name__: id_ for id_, task in reversed(TASKS.items())}
+    near = near or [
+        functions[name] for name in difflib.get_close_matches(env_id.lower(), list(functions), 1)
+    ]
     suggestion = f"did you mean {near[0]!r}? " if near else ""
     raise ValueError(
         f"unknown environment {env_id!r}: {suggestion}"

@@ -15,7 +15,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 
-from ..chat.conversation import Window
+from ..chat.conversation import Demonstration, Window, as_demonstrations
 from ..chat.special_tokens import replace_surrogates
 from llamagym.envs.actions import (
     enumerate_actions,
@@ -105,8 +105,9 @@ def _check_fields(task: "Task") -> None:
     legal = task.legal_actions
     if not (legal is None or callable(legal) or (isinstance(legal, str) and legal == "all")):
         raise TypeError(f'legal_actions={legal!r}: expected a function, "all" or None')
-    if not (task.system_prompt is None or isinstance(task.system_prompt, str)):
-        raise TypeError(f"system_prompt={task.system_prompt!r}: expected text or None")
+    for name in ("system_prompt", "instruct_prompt"):
+        if not (getattr(task, name) is None or isinstance(getattr(task, name), str)):
+            raise TypeError(f"{name}={getattr(task, name)!r}: expected text or None")
     if not (task.on_invalid in ("fallback", "terminate") or isinstance(task.on_invalid, Retry)):
         raise ValueError(
             f'on_invalid={task.on_invalid!r}: expected "fallback", "terminate" or Retry(n)'
@@ -123,6 +124,17 @@ def _check_fields(task: "Task") -> None:
         raise ValueError(
             f"invalid_reward={task.invalid_reward!r}: expected a finite number or None"
         )
+
+
+def _check_demonstrations(task: "Task") -> None:
+    "Raise ValueError if the task itself finds no action in a demonstrated response"
+    for number, (_, response) in enumerate(task.demonstrations):
+        parsed = parse_action(task.extract_action, response, space=None)
+        if not parsed.valid:
+            raise ValueError(
+                f"demonstration {number} responds {shorten(response)}, which is invalid in this "
+                f"task ({parsed.reason}): expected a response as format_action gives it"
+            )
 
 # %% ../../nbs/envs/task.ipynb #fdf061e1
 def legal_or_masked(
@@ -175,6 +187,10 @@ class Task:
     extract_action: Callable[[str], Any]  # response -> action; raises or returns None if invalid
     format_action: Callable[[Any], str]  # action -> canonical response
     system_prompt: str | None = None  # rules and response format, at the start of a conversation
+    # the same for pretrained models, which need more words; None: the system prompt
+    instruct_prompt: str | None = None
+    # pairs of an observation and a response, or chat messages, shown before the first turn
+    demonstrations: Sequence[Demonstration] = ()
     # (obs, info) -> legal actions, others are invalid; None: those of an `action_mask`, else all;
     # "all": the whole action space, whatever a mask says
     legal_actions: Callable[[Any, dict[str, Any]], Sequence[Any] | None] | str | None = None
@@ -195,6 +211,8 @@ class Task:
 
     def __post_init__(self) -> None:
         _check_fields(self)
+        self.demonstrations = as_demonstrations(self.demonstrations)
+        _check_demonstrations(self)
         self.name = self.name or env_name(self.env)
 
     @property
@@ -209,6 +227,14 @@ class Task:
         "Return a fresh environment, or the given instance if it is the only one"
         factory = rendering_factory(self.env, self.max_steps) if render else None
         return make_env(self.env, self.max_steps) if factory is None else factory()
+
+    def prompt_for(
+        self,
+        pretrained: bool,  # is the model pretrained?
+    ) -> str | None:
+        "Return the instruct prompt for a pretrained model, else the system prompt"
+        chosen = self.instruct_prompt if pretrained else None
+        return self.system_prompt if chosen is None else chosen
 
     def restricted_actions(
         self,
@@ -252,6 +278,8 @@ class Task:
         returns = ", ".join(f"{k} {v:g}" for k, v in self.reference_returns.items())
         rows = {
             "system prompt": self.system_prompt,
+            "instruct prompt": self.instruct_prompt,
+            "demonstrations": len(self.demonstrations) or None,
             "context": self.context,
             "history": self.history,
             "on invalid": self.on_invalid,
@@ -259,5 +287,7 @@ class Task:
             "time limit": self.max_steps or "the environment's own",
             "expected returns": returns or "not known",
         }
+        optional = ("instruct prompt", "demonstrations")
+        rows = {k: v for k, v in rows.items() if v is not None or k not in optional}
         lines = [f"| {k} | {table_cell(v)} |" for k, v in rows.items()]
         return "\n".join([f"**{self.name}**", "", "| | |", "|---|---|", *lines])

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from ..chat.conversation import Segment
+from ..chat.conversation import Demonstration, Segment
 from ..chat.special_tokens import replace_surrogates
 from llamagym.episodes.formatting import (
     display_json,
@@ -137,6 +137,8 @@ class Episode:
     final_value: float | None = None  # V of that prompt
     info: dict[str, Any] = field(default_factory=dict)  # anything JSON can hold
     final_frame: np.ndarray | bytes | str | None = None  # the environment after the last step
+    # observations and responses that every prompt shows before the first turn
+    demonstrations: list[Demonstration] = field(default_factory=list)
 
     @property
     def rewards(self) -> np.ndarray:
@@ -170,7 +172,7 @@ class Episode:
 
     @property
     def messages(self) -> list[dict[str, str]]:
-        "Return the episode as chat messages with `role` and `content`"
+        "Return the system prompt and the turns as chat messages with `role` and `content`"
         messages = []
         if self.system_prompt is not None:
             messages.append(dict(role="system", content=self.system_prompt))
@@ -247,6 +249,9 @@ def transcript(
     lines = [escape_control_characters(repr(episode))]
     if episode.system_prompt is not None:
         lines += labeled_lines("system", episode.system_prompt)
+    for observation, response in episode.demonstrations:
+        lines += labeled_lines("shown", observation)
+        lines += labeled_lines("response", response)
     for t, turn in enumerate(episode.turns):
         lines += labeled_lines(f"turn {t}", turn.observation)
         if turn.reasoning is not None:
@@ -417,6 +422,10 @@ def episode_to_row(
         row[name] = _storable(row[name])
     row["turns"] = [turn_to_row(turn) for turn in episode.turns]
     row["segments"] = [dict(ids=s.ids, mask=s.mask) for s in episode.segments]
+    row["demonstrations"] = [
+        dict(observation=observation, response=response)
+        for observation, response in episode.demonstrations
+    ]
     # A seed may have more than 64 bits.
     row["seed"] = None if episode.seed is None else str(int(episode.seed))
     row["info"] = _to_json(episode.info, "info")
@@ -464,6 +473,9 @@ def episode_from_row(
     "Return the episode of `episode_to_row`"
     row["turns"] = [turn_from_row(turn, pictures) for turn in row["turns"]]
     row["segments"] = [Segment(**segment) for segment in row["segments"]]
+    row["demonstrations"] = [  # files of earlier formats have none
+        (shown["observation"], shown["response"]) for shown in row.get("demonstrations") or []
+    ]
     row["seed"] = None if row["seed"] is None else int(row["seed"])
     row["info"] = json.loads(row["info"])
     row["final_frame"] = _frame_from_row(row.get("final_frame"), pictures)

@@ -54,9 +54,10 @@ _TURN = pa.struct(
         frame=_FRAME,
     )
 )
-FORMAT_KEY, FORMAT = b"llamagym.episodes", b"2"
+FORMAT_KEY, FORMAT = b"llamagym.episodes", b"3"
 RENAMED_FIELDS = {  # of a turn, by the format that has the old names
     b"1": {"thought": "reasoning", "given": "forced_positions"},
+    b"2": {},
     FORMAT: {},
 }
 SCHEMA = pa.schema(
@@ -72,6 +73,7 @@ SCHEMA = pa.schema(
         final_value=pa.float64(),
         info=pa.string(),
         final_frame=_FRAME,
+        demonstrations=pa.list_(pa.struct(dict(observation=pa.string(), response=pa.string()))),
     ),
     metadata={FORMAT_KEY: FORMAT},
 )
@@ -115,9 +117,8 @@ def _read_format(path: Path, file: pq.ParquetFile) -> bytes:
     if version is None:
         raise ValueError(f"{path} holds no episodes")
     if version not in RENAMED_FIELDS:
-        readable = " and ".join(known.decode() for known in RENAMED_FIELDS)
         raise ValueError(
-            f"{path} is of format {version.decode()}, this version reads {readable}: "
+            f"{path} is of format {version.decode()}, this version reads 1 to {FORMAT.decode()}: "
             "install the version of llamagym that wrote it"
         )
     return version

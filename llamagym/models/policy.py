@@ -47,11 +47,13 @@ from llamagym.models.lm_head import (
 from llamagym.models.loading import (
     atomic_folder,
     disable_bfloat16_cpu_kernel,
+    is_gguf,
     load_base,
     no_progress_bars,
     recover_folder,
 )
 from .reference import ReferenceModel, add_lora
+from .tiny import is_tiny
 from .value_head import make_value_head
 
 _log = logging.getLogger(__name__)
@@ -173,7 +175,7 @@ class Policy:
 
     @staticmethod
     def load(
-        name: str | os.PathLike[str],  # a saved policy, a hub name, a folder or `"tiny"`
+        name: str | os.PathLike[str],  # a saved policy, hub name, folder, GGUF file or `"tiny"`
         quantize: str | None = None,  # `None` or `"nf4"`
         lora: LoRAConfig | LoraConfig | None = None,  # `None` trains all weights
         dtype: str | torch.dtype = "auto",  # float32 on a CPU or without LoRA, else 16-bit
@@ -214,6 +216,12 @@ class Policy:
     @property
     def device(self) -> torch.device:
         return self.causal_lm.device
+
+    @property
+    def pretrained(self) -> bool:
+        "Is this a model with weights that were learned elsewhere, not the tiny one?"
+        name = str((self.base or {}).get("name", ""))
+        return not (is_tiny(self.causal_lm.config) or name.partition(":")[0] == "tiny")
 
     @property
     def active_model(self) -> PreTrainedModel:
@@ -357,7 +365,7 @@ def require_no_options(
 
 
 def make_policy(
-    name: str | os.PathLike[str],  # hub name, folder, `"tiny"` or `"tiny:<family>"`
+    name: str | os.PathLike[str],  # hub name, folder, GGUF file, `"tiny"` or `"tiny:<family>"`
     quantize: str | None,
     lora: LoRAConfig | LoraConfig | None,
     dtype: str | torch.dtype,
@@ -372,7 +380,8 @@ def make_policy(
             "4-bit weights cannot be trained themselves: "
             "pass lora=LoRAConfig(...) with quantize='nf4'"
         )
-    name = str(Path(name).resolve()) if Path(name).is_dir() else str(name)
+    local = Path(name).is_dir() or (is_gguf(name) and Path(name).is_file())
+    name = str(Path(name).resolve()) if local else str(name)
     # Weights that are trained themselves are float32: bfloat16 would round small steps to zero.
     if lora is None and dtype == "auto":
         dtype = "float32"
@@ -393,8 +402,10 @@ def describe_policy(
         kind = policy.reference.trained.config.peft_type.value
         adapter = f" through a {'LoRA' if kind == 'LORA' else kind} adapter"
     reference = "set" if policy.reference.is_set else "is the base"
+    name = str((policy.base or {}).get("name", ""))
+    source = f" of {Path(name).name}" if is_gguf(name) else ""
     return (
-        f"Policy({type(policy.causal_lm).__name__}, {policy.causal_lm.num_parameters():,} "
+        f"Policy({type(policy.causal_lm).__name__}{source}, {policy.causal_lm.num_parameters():,} "
         f"parameters, {trained:,} of them trained{adapter}, critic {policy.critic!r}, "
         f"reference {reference})"
     )

@@ -184,8 +184,8 @@ def replay_conversation(
         if not forced and prompt != episode.segments[old.segment].ids[: old.start]:
             raise BranchError(
                 f"turn {number} of {episode!r} was sampled with another prompt than this agent "
-                "makes of it: expected the tokenizer, the chat template and the context it was "
-                "played with"
+                "makes of it: expected the tokenizer, the chat template, the demonstrations and the "
+                "context it was played with"
             )
         new = as_context_turn(old, forced)
         span = recorder.conversation.add_response(

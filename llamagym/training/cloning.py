@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SAMPLED_FIELDS', 'TURNS_PER_STEP', 'MAX_ROWS_PER_STEP', 'MEASURE_AT', 'FEWEST_RESPONSES', 'EVALUATION_SEED',
-           'SELF_PLAY_SEED', 'from_messages', 'as_transcripts', 'encode', 'sft_columns', 'collate',
+           'SELF_PLAY_SEED', 'from_messages', 'as_transcripts', 'transcript_prompt', 'encode', 'sft_columns', 'collate',
            'make_trainer_class', 'quiet_transformers', 'restored_afterwards', 'training_arguments', 'rows_per_step',
            'train_supervised', 'paused_training', 'chooses_candidates', 'restricted_actions_at', 'ValidityProbe',
            'measuring_plan', 'CloneProgress', 'affordable_episodes', 'play_games', 'random_games', 'clone_rounds',
@@ -116,12 +116,24 @@ SAMPLED_FIELDS = (
 )
 
 
+def transcript_prompt(
+    agent: Agent,
+    episode: Episode,  # a transcript
+) -> str | None:
+    "Return a transcript's system prompt; of the two prompts of the agent's task, the agent's own"
+    prompt = episode.system_prompt
+    if isinstance(agent, TaskAgent):
+        if prompt in (agent.task.system_prompt, agent.task.instruct_prompt):
+            return agent.get_system_prompt()
+    return prompt
+
+
 def encode(
     agent: Agent,  # sets the tokenizer, the template and the context
     episode: Episode,  # a transcript
 ) -> Episode:  # with token ids, segments and masks
     "Encode a transcript as if the agent had sampled it"
-    conversation = agent.conversation(episode.system_prompt)
+    conversation = agent.conversation(transcript_prompt(agent, episode))
     turns = []
     for turn in episode.turns:
         conversation.add_user(turn.observation)
@@ -140,6 +152,7 @@ def encode(
         turns=turns,
         segments=conversation.segments,
         system_prompt=conversation.system_prompt,
+        demonstrations=list(conversation.demonstrations),
     )
 
 # %% ../../nbs/training/cloning.ipynb #528bd9b5
