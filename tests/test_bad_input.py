@@ -293,7 +293,9 @@ def test_bad_input_ppo_arguments_raise(policy, arguments, message):
             "episode 1 is not over: its last turn is neither terminated nor truncated",
         ),
         (
-            lambda rollout: with_invalid_turn(rollout, "truncated", True, -1),
+            lambda rollout: with_invalid_turn(
+                with_invalid_turn(rollout, "truncated", True, -1), "terminated", False, -1
+            ),
             ValueError,
             "is truncated but has no final_ids",
         ),

@@ -313,15 +313,16 @@ def test_seeds_are_the_same_in_paired_evaluations_groups_and_processes(policy):
 
 
 @pytest.mark.parametrize("seed", [5, 2**31 + 5])
-def test_an_error_that_is_not_about_the_seed_is_not_hidden(seed):
+@pytest.mark.parametrize("error", [ValueError("no level fits"), OSError("no level of this seed")])
+def test_an_error_that_is_not_about_the_seed_is_not_hidden(seed, error):
     calls = []
 
     class Broken(World):
         def reset(self, *, seed=None, options=None):
             calls.append(seed)
-            raise ValueError("no level fits")
+            raise error
 
-    with pytest.raises(ValueError, match="no level fits"):
+    with pytest.raises(type(error), match="no level"):
         reset_env(Broken(), seed)
     assert calls == [seed]
 

@@ -11,6 +11,7 @@ import copy
 import inspect
 import math
 import numbers
+import struct
 import traceback
 import warnings
 from collections.abc import Callable, Mapping
@@ -196,13 +197,16 @@ def split_reset(
 
 # %% ../../nbs/envs/results.ipynb #9b8dd0d2
 MAX_SEED = 2**31  # seeds below it are taken by every kind of generator
+_REFUSALS = ValueError, TypeError, AssertionError, struct.error, gym.error.Error
 
 
 def is_about_seed(error: Exception) -> bool:
-    "Return whether an error names a seed, in its message or in the line that raised it"
+    "Return whether a generator may have refused a seed: the error or the line that raised names it"
+    if isinstance(error, OverflowError):
+        return True
     frames = traceback.extract_tb(error.__traceback__)
     line = (frames[-1].line or "") if frames else ""
-    return isinstance(error, OverflowError) or "seed" in f"{error} {line}".lower()
+    return isinstance(error, _REFUSALS) and "seed" in f"{error} {line}".lower()
 
 
 def call_with_seed(
