@@ -139,7 +139,7 @@ PROBLEMS = {
     "clue_lock": Problem(lambda: lock_task(5, clues=True), 100),
     "lake": Problem(lambda: frozen_lake(slippery=False), 40),
     "lake8": Problem(lambda: frozen_lake(slippery=False, map_name="8x8"), 160),
-    "slippery": Problem(frozen_lake, 120),
+    "slippery": Problem(frozen_lake, 200),
     "cliff": Problem(cliff_walking, 40),
     "taxi": Problem(taxi, 60, scored=True),
     "blackjack": Problem(blackjack, 200),

@@ -369,8 +369,6 @@ def test_first_look_code_runs_and_does_what_it_says(policy, prompt):
     made = {}
     for advice in remedies(agent.advice_context(), counts):
         names = {"agent": agent}
-        if "[...]" in advice.code:
-            continue
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             exec(advice.code, names)
@@ -379,6 +377,9 @@ def test_first_look_code_runs_and_does_what_it_says(policy, prompt):
     assert longer.engine.config.max_new_tokens == 18
     scored = made.pop("Score the actions instead of sampling a text")
     assert collect(scored, episodes=2).summary()["invalid_rate"] == 0
+    shown = made.pop("Show demonstrations")
+    assert len(shown.task.demonstrations) == 8
+    assert len(shown.conversation().messages) == 17  # a system prompt is a message
     assert made.pop("Imitate random games (warm start)").policy.reference.is_set
     ((what, changed),) = made.items()
     (episode,) = collect(changed, episodes=1)
