@@ -130,7 +130,6 @@ def test_old_interface_is_played_as_by_hand(policy, kind, info):
         lambda: LegacyGymEnv(OldWorld()),
         lambda: gym.wrappers.TimeLimit(LegacyGymEnv(OldWorldWithSeed()), 9),
     ],
-    ids=str,
 )
 def test_old_interface_given_in_any_form(policy, env):
     num_envs = 1 if isinstance(env, gym.Env) else 2
