@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['recover_folder', 'atomic_folder', 'no_progress_bars', 'compute_dtype', 'resolve_dtype', 'require_spelled', 'is_gguf',
-           'gguf_types', 'source_arguments', 'require_causal', 'read_config', 'nf4_config', 'finish_loading',
-           'load_gguf', 'load_base', 'disable_bfloat16_cpu_kernel']
+           'gguf_types', 'source_arguments', 'require_causal', 'read_config', 'nf4_config', 'require_quantizable',
+           'finish_loading', 'load_gguf', 'load_base', 'disable_bfloat16_cpu_kernel']
 
 # %% ../../nbs/models/loading.ipynb #fcfde0bb
 import contextlib
@@ -234,6 +234,24 @@ def nf4_config(
     )
 
 
+def require_quantizable(
+    config: PretrainedConfig,  # of a causal LM
+    name: str,  # of the model, for messages
+) -> None:
+    "Raise `ValueError` if 4 bits would leave most weights as they are"
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    # Experts are stacked in three dimensions, which bitsandbytes leaves alone.
+    stacked = sum(p.numel() for p in model.parameters() if p.dim() == 3)
+    share = stacked / model.num_parameters()
+    if share > 0.2:
+        raise ValueError(
+            f"quantize='nf4': {share:.0%} of the weights of {name} are stacked experts "
+            f"({type(model).__name__}), which bitsandbytes does not quantize; load it without "
+            f"quantize ({model.num_parameters() * 2 / 1e9:.1f} GB in 16 bits), or take a dense model"
+        )
+
+
 def finish_loading(
     model: PreTrainedModel,  # on its device
     tokenizer: PreTrainedTokenizerBase,
@@ -304,6 +322,7 @@ def load_base(
         tokenizer = AutoTokenizer.from_pretrained(name)
         kwargs = {}
         if quantize:
+            require_quantizable(config, source)
             kwargs = dict(quantization_config=nf4_config(dtype), device_map={"": device})
         model = AutoModelForCausalLM.from_pretrained(name, config=config, dtype=dtype, **kwargs)
     if is_gguf(source):
