@@ -585,7 +585,7 @@ def test_find_stop_tokens_returns_ids_and_offsets(between, final, eos, expected)
             between,
             final,
             SpecialTokens({2: "</s>", 10: "<end>", 11: "<user>", 12: "<return>"}),
-            eos,
+            [] if eos is None else [eos],
         )
         == expected
     )
@@ -594,7 +594,7 @@ def test_find_stop_tokens_returns_ids_and_offsets(between, final, eos, expected)
             between,
             final,
             SpecialTokens({2: "</s>", 10: "<end>", 11: "<user>", 12: "<return>"}),
-            eos,
+            [] if eos is None else [eos],
         )
     ) == list(expected)
 

@@ -400,7 +400,7 @@ class UpdateObserver:
         "Return the evidence, after the update"
         policy, groups = self.agent.policy, self.agent.learner.optimizer.param_groups
         optimized = {id(p) for group in groups for p in group["params"]}
-        trainable = policy.parameters()
+        trainable = [p for p in policy.parameters() if p.requires_grad]
         dropouts = [m for m in policy.model.modules() if isinstance(m, nn.Dropout)]
         return ModelEvidence(
             rescoring=self.rescoring,
