@@ -240,7 +240,7 @@ def test_memory_bad_plan_arguments_raise(tmp_path):
 
 
 def test_load_of_a_gated_model_suggests_the_login(monkeypatch):
-    def raise_gated(name):
+    def raise_gated(**kwargs):
         response = httpx.Response(403, request=httpx.Request("GET", "https://example.org"))
         raise OSError("You are trying to access a gated repo.") from GatedRepoError(
             "403", response=response
