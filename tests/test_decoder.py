@@ -111,7 +111,6 @@ def test_decoder_oracle_matches_adapters(kind):
     [
         dict(use_dora=True),
         dict(use_rslora=True),
-        dict(lora_bias=True),
         dict(modules_to_save=["lm_head"]),
     ],
     ids=str,
