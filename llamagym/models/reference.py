@@ -37,14 +37,16 @@ def has_experts(
 
 
 # The fused kernels of Mamba read this weight without calling its layer, so peft refuses it.
-NOT_CALLED = {"mamba": {"out_proj"}, "mamba2": {"out_proj"}, "falcon_mamba": {"out_proj"}}
+NOT_CALLED = dict.fromkeys(
+    ("mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h"), frozenset({"out_proj"})
+)
 
 
 def linear_targets(
     model: PreTrainedModel,  # a base model, quantized or not
 ) -> str | list[str]:  # `target_modules` of peft
     "Return what `all-linear` means for a model: experts and routers are left out"
-    not_called = NOT_CALLED.get(model.config.model_type, set())
+    not_called = NOT_CALLED.get(model.config.model_type, frozenset())
     if not has_experts(model) and not not_called:
         return "all-linear"
     blocks = {
