@@ -36,9 +36,9 @@ def has_experts(
     return any("Experts" in type(module).__name__ for module in model.modules())
 
 
-# The fused kernels of Mamba read this weight without calling its layer, so peft refuses it.
+# The fused kernels of Mamba read these weights without calling their layers.
 NOT_CALLED = dict.fromkeys(
-    ("mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h"), frozenset({"out_proj"})
+    ("mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h"), frozenset({"out_proj", "dt_proj"})
 )
 
 
