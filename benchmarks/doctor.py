@@ -245,16 +245,12 @@ def forbidden_actions(obs, info: dict) -> list[int]:
 @contextmanager
 def base_sampler(agent: Agent) -> Iterator[None]:
     "Load the sampler's weights without the adapter"
-    load_backend, layers = BatchRunner.load_backend, agent.policy.model.base_model
+    load_backend = BatchRunner.load_backend
 
     def load(self: BatchRunner) -> None:
         load_backend(self)
-        layers.disable_adapter_layers()
-        try:
+        with agent.policy.model.disable_adapter():
             load_backend(self)
-        finally:
-            layers.enable_adapter_layers()
-            agent.policy.model.set_adapter(agent.policy.adapter)
 
     with patch.object(BatchRunner, "load_backend", load):
         yield

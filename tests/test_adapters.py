@@ -786,3 +786,25 @@ def test_adapters_base_is_compared_under_the_names_of_its_files(family, tmp_path
         assert not matches_checkpoint(model)
         with torch.no_grad():
             parameter.copy_(before)
+
+
+@pytest.mark.parametrize("frozen", [slice(1), slice(None)], ids=["one", "all"])
+def test_adapters_leave_weights_frozen_that_the_user_froze(frozen):
+    policy = Policy(adapted(lora()), tiny_tokenizer())
+    policy.set_reference()
+    all_weights = policy.parameters()
+    for weight in all_weights[frozen]:
+        weight.requires_grad_(False)
+    kept = all_weights[frozen.stop :] if frozen.stop else []
+    computed(policy)
+    reference_of(policy)
+    assert [id(p) for p in policy.parameters()] == [id(p) for p in kept]
+
+
+def test_adapters_frozen_by_another_keep_what_the_user_froze():
+    white, black, _ = two_players()
+    first, *others = white.parameters()
+    first.requires_grad_(False)
+    assert [id(p) for p in white.parameters()] == [id(p) for p in others]
+    white.model.set_adapter("black")  # freezes all of white's
+    assert [id(p) for p in white.parameters()] == [id(p) for p in others]

@@ -25,7 +25,7 @@ from .model_runner import BatchRunner, EngineStats
 from .sampling import Sampler
 from .scheduler import Scheduler
 from .sequence import Request, Sample, SequenceState
-from ..models.adapters import unwrap
+from ..models.adapters import num_embeddings
 from ..models.lm_head import reset_rotary
 from ..models.policy import Policy
 
@@ -211,7 +211,7 @@ class RequestValidator:
     @property
     def max_id(self) -> int:
         "Largest token id of the vocabulary"
-        return unwrap(self.policy.causal_lm.get_input_embeddings()).num_embeddings - 1
+        return num_embeddings(self.policy.causal_lm) - 1
 
     def _in_vocabulary(self, ids: Sequence[int]) -> bool:
         return 0 <= min(ids) and max(ids) <= self.max_id

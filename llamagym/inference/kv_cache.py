@@ -20,6 +20,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from llamagym.models.length_limits import (
     batching_limit,
     has_length_dependent_rope,
+    is_affordable,
     length_limits,
     limits_to_check,
     numerical_tolerance,
@@ -356,7 +357,7 @@ def cache_unsupported_reason(
 @remember_per_model
 def _unchecked_limits(model: PreTrainedModel) -> list[int]:
     "List the limits that are too long to check in advance; those checked later are removed"
-    return [n for n in length_limits(model.config) if n not in limits_to_check(model)]
+    return [n for n in length_limits(model.config) if not is_affordable(model, n)]
 
 
 def require_length(

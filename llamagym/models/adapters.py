@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'BASE_CHANGING_INITS', 'AdaptedModule', 'changes_base', 'adapted_modules', 'adapter_weights', 'check_adapter',
-           'unchanged_requires_grad', 'Adapter', 'own_weights', 'reloadable_config', 'unwrap', 'without_adapters',
-           'base_weights', 'checkpoint_files', 'matches_checkpoint', 'merge_into_base']
+           'unchanged_requires_grad', 'Adapter', 'own_weights', 'reloadable_config', 'unwrap', 'num_embeddings',
+           'without_adapters', 'base_weights', 'checkpoint_files', 'matches_checkpoint', 'merge_into_base']
 
 # %% ../../nbs/models/adapters.ipynb #48440d6f
 import contextlib
@@ -274,12 +274,16 @@ class Adapter:
         self.name: str = model.active_adapters[0]
         self.config: PeftConfig = model.peft_config[self.name]
         self.modules = [m for m in adapted_modules(model) if adapter_weights(m, self.name)]
+        self._names = {self.name}  # of the adapter and of its copies
         with unchanged_requires_grad(model):
             model.set_adapter(self.name)
-            trained = [p for p in self._weights() if p.requires_grad]
-        for parameter in trained:
-            parameter.requires_grad_()
-        self._num_trained = len(trained)
+            self._is_trained = [p.requires_grad for p in self._weights()]
+        self._set_trained()
+
+    def _set_trained(self) -> None:
+        for weight, is_trained in zip(self._weights(), self._is_trained):
+            if is_trained:
+                weight.requires_grad_()
 
     def _weights(self) -> list[nn.Parameter]:
         weights = [
@@ -288,12 +292,14 @@ class Adapter:
         return list(dict.fromkeys(weights))  # tied modules share theirs
 
     def parameters(self) -> list[nn.Parameter]:
-        "Return the trained parameters, unfrozen if `set_adapter` has frozen them"
-        trained = [p for p in self._weights() if p.requires_grad]
-        if len(trained) < self._num_trained:
-            self.model.base_model.set_requires_grad(self.name)
-            trained = [p for p in self._weights() if p.requires_grad]
-        return trained
+        "Return the trained parameters, unfrozen if `set_adapter(other)` has frozen them"
+        weights = self._weights()
+        is_trained = [p.requires_grad for p in weights]
+        if any(is_trained):
+            self._is_trained = is_trained  # the user may have frozen some of them
+        elif self.model.active_adapter not in self._names:
+            self._set_trained()
+        return [p for p in weights if p.requires_grad]
 
     def is_active(
         self,
@@ -312,8 +318,7 @@ class Adapter:
         name: str | None,  # of this adapter or of a copy of it; `None`: the base alone
     ) -> None:
         "Let the model compute with an adapter"
-        if torch.is_grad_enabled():
-            self.parameters()  # unfreezes them
+        self.parameters()  # unfreezes them
         if self.is_active(name):
             return
         if name is not None and name not in self.model.peft_config:
@@ -348,6 +353,7 @@ class Adapter:
         name: str,  # of the copy; if there is one, it is overwritten
     ) -> None:
         "Copy the weights to a second adapter, which is not trained"
+        self._names.add(name)
         if name not in self.model.peft_config:
             config = reloadable_config(self.config)
             training = self.model.training
@@ -406,6 +412,13 @@ def unwrap(
         is_tuner = isinstance(module, BaseTunerLayer)
         module = module.get_base_layer() if is_tuner else module.original_module
     return module
+
+
+def num_embeddings(
+    causal_lm: PreTrainedModel,  # with or without adapters
+) -> int:  # token ids that it knows
+    "Return the size of a model's embedding"
+    return unwrap(causal_lm.get_input_embeddings()).num_embeddings
 
 
 def without_adapters(

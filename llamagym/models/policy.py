@@ -31,9 +31,9 @@ from llamagym.models.adapters import (
     check_adapter,
     matches_checkpoint,
     merge_into_base,
+    num_embeddings,
     own_weights,
     reloadable_config,
-    unwrap,
     without_adapters,
 )
 from .length_limits import batching_limit, side_by_side
@@ -102,7 +102,7 @@ def padding_id(
 ) -> int:  # fills rows; it is never scored
     "Return the id that rows are padded with. Raises `ValueError` if the model does not know it"
     pad_id = tokenizer.pad_token_id or 0
-    size = unwrap(causal_lm.get_input_embeddings()).num_embeddings
+    size = num_embeddings(causal_lm)
     if pad_id >= size:
         raise ValueError(
             f"the tokenizer pads with {tokenizer.pad_token!r}, id {pad_id}, but the model embeds "
@@ -144,6 +144,30 @@ def find_base(
     if isinstance(model, PeftModel) and any(map(changes_base, model.peft_config.values())):
         return None
     return base or base_source(reference.causal_lm)
+
+# %% ../../nbs/models/policy.ipynb #adf0679e
+def _hidden_at(
+    policy: "Policy",
+    input_ids: Tensor,  # [B, T] token ids, right-padded
+    rows: Tensor,  # [N]
+    positions: Tensor,  # [N]
+) -> Tensor:  # [N, H]
+    "Compute hidden states, in batches of rows that do not change each other"
+    limit = batching_limit(policy.causal_lm)
+    if limit is None or input_ids.shape[1] <= limit:
+        return policy.backbone(input_ids)[rows, positions]
+    index = torch.arange(input_ids.shape[1], device=input_ids.device)
+    lengths = torch.where(input_ids == policy.pad_id, 0, index + 1).amax(1)
+    # A position that is asked for is no padding.
+    lengths = lengths.scatter_reduce(0, rows, positions + 1, "amax")
+    parts, order = [], []
+    for group in side_by_side(lengths.cpu().numpy(), limit):
+        chosen = torch.from_numpy(group).to(input_ids.device)
+        states = policy.backbone(input_ids[chosen, : int(lengths[chosen].max())])
+        number, row = (rows[:, None] == chosen).nonzero(as_tuple=True)
+        parts.append(states[row, positions[number]])
+        order.append(number)
+    return torch.cat(parts)[torch.cat(order).argsort()]
 
 # %% ../../nbs/models/policy.ipynb #b85e899d
 class Policy:
@@ -281,26 +305,6 @@ class Policy:
         "Compute the logits of selected hidden states"
         return head_logits(self.active_model, hidden)
 
-    def _hidden_at(self, input_ids: Tensor, rows: Tensor, positions: Tensor) -> Tensor:
-        "Compute hidden states at chosen positions, in batches of rows that do not change each other"
-        limit = batching_limit(self.causal_lm)
-        if limit is None or input_ids.shape[1] <= limit:
-            return self.backbone(input_ids)[rows, positions]
-        index = torch.arange(input_ids.shape[1], device=input_ids.device)
-        ends = torch.where(input_ids == self.pad_id, 0, index + 1).amax(1)
-        ends = ends.scatter_reduce(
-            0, rows, positions + 1, "amax"
-        )  # what is asked for is no padding
-        hidden = torch.empty(0)
-        for group in side_by_side(ends.cpu().numpy(), limit):
-            chosen = torch.from_numpy(group).to(input_ids.device)
-            states = self.backbone(input_ids[chosen, : int(ends[chosen].max())])
-            if not len(hidden):
-                hidden = states.new_empty(len(rows), states.shape[-1])
-            here = (rows[:, None] == chosen).nonzero()
-            hidden[here[:, 0]] = states[here[:, 1], positions[here[:, 0]]]
-        return hidden
-
     def score(
         self,
         input_ids: Tensor,  # [B, T] token ids, right-padded
@@ -309,7 +313,7 @@ class Policy:
         temperature: float = 1.0,  # of the sampler
     ) -> TokenScores:
         "Compute log-probabilities, entropy and hidden states of sampled tokens"
-        hidden = self._hidden_at(input_ids, rows, positions - 1)
+        hidden = _hidden_at(self, input_ids, rows, positions - 1)
         return score_tokens(self.logits(hidden), input_ids[rows, positions], hidden, temperature)
 
     def to(self, device: str | torch.device) -> "Policy":

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from tqdm.auto import tqdm
 
 from ..agent import TaskAgent
+from ..models.length_limits import longest_conversation
 from ..rollout import Evaluation, Rollout
 from .doctor import diagnose
 from .findings import RunState
@@ -192,7 +193,6 @@ class Doctor(Callback):
         "Return the state of the run after an update"
         agent = trainer.agent
         settings = agent.conversation_settings()
-        text_config = agent.policy.causal_lm.config.get_text_config()
         return RunState(
             trainer.history,
             self.episodes,
@@ -200,7 +200,7 @@ class Doctor(Callback):
             agent.learner.algorithm,
             agent.task.reference_returns if isinstance(agent, TaskAgent) else None,
             settings.history == "append" and settings.context == "full",
-            getattr(text_config, "max_position_embeddings", None),
+            longest_conversation(agent.policy.causal_lm),
             agent.policy.critic,
             self.observer.finish(trainer.history[-1]),
             frozenset(self.seeds),
