@@ -36,6 +36,7 @@ from llamagym.chat.conversation import Window
 from llamagym.config import GenerateConfig, LoRAConfig, PPOConfig
 from llamagym.inference.engine import Engine
 from llamagym.inference.kv_cache import OutOfMemory, kv_bytes_per_sequence, round_up_capacity
+from llamagym.models.loading import load_base
 from llamagym.models.policy import Policy
 from llamagym.models.reference import add_lora
 from llamagym.models.tiny import tiny_config, tiny_model, tiny_tokenizer
@@ -683,3 +684,18 @@ class _NaNGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         return torch.full_like(grad, torch.nan)
+
+
+def test_4_bit_weights_that_a_forward_pass_has_packed_are_unpacked():
+    pytest.importorskip("bitsandbytes")
+    model, tokenizer = load_base("tiny:llama", quantize="nf4", device="cpu")
+    ids = torch.tensor([[1, 20, 30, 40]])
+    for module in model.modules():
+        if type(module).__name__ == "Linear4bit":
+            assert module.out_features % 32 == 0  # bitsandbytes packs no others
+    with torch.no_grad():
+        model(ids)  # in bfloat16, if the CPU has such instructions
+        Policy(model, tokenizer)
+        computed = model(ids).logits
+    with_gradient = model(inputs_embeds=model.get_input_embeddings()(ids).requires_grad_()).logits
+    torch.testing.assert_close(computed, with_gradient, rtol=0, atol=1e-6)

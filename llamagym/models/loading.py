@@ -338,3 +338,4 @@ def disable_bfloat16_cpu_kernel(
         # Compared by name, because bitsandbytes is an optional package.
         if type(module).__name__ == "Linear4bit":
             module.support_avx512bf16_for_cpu = False
+            module.state_dict()  # unpacks the weights, to write them in the usual format

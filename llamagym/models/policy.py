@@ -189,13 +189,13 @@ class Policy:
         self.reference = ReferenceModel(model)
         self.adapter = self.reference.adapter
         self.causal_lm = self.reference.causal_lm
+        if self.device.type == "cpu":
+            disable_bfloat16_cpu_kernel(self.causal_lm)
         self.base = find_base(self.reference, base)
         self.hidden_size: int = find_split(self.causal_lm).hidden_size
         self.pad_id = padding_id(self.causal_lm, tokenizer)
         self.value_head = make_value_head(self.hidden_size, value_head_width, seed, self.device)
         self._bumps = 0
-        if self.device.type == "cpu":
-            disable_bfloat16_cpu_kernel(self.causal_lm)
 
     @staticmethod
     def load(
