@@ -60,6 +60,7 @@ from .algorithms.registry import Algorithm, AssignAdvantages, as_algorithm
 from .config import CreditConfig, PPOConfig
 from .episodes.episode import Episode
 from .models.policy import Policy
+from .progress import ProgressBar
 
 # %% ../nbs/ppo.ipynb #7fd48b41
 def _require_episodes(episodes: Sequence[Episode]) -> None:
@@ -430,15 +431,19 @@ class PPOUpdate:
 
     def run_epochs(self) -> float:  # passes over the batch, a fraction after an early stop
         "Take a step for each mini-batch of each epoch, until the early stop"
-        for epoch in range(self.config.epochs):
-            mini_batches = self.learner.mini_batches(self.batch)
-            self.metrics.start_epoch()
-            for mini in mini_batches:
-                self.metrics.start_step()
-                grad_norm = self.step(epoch, mini, len(mini_batches))
-                if grad_norm is None:
-                    return len(self.metrics.grad_norms) / len(mini_batches)
-                self.metrics.grad_norms.append(grad_norm)
+        with ProgressBar(0, "update", "step") as bar:
+            for epoch in range(self.config.epochs):
+                mini_batches = self.learner.mini_batches(self.batch)
+                if not epoch:
+                    bar.add_total(self.config.epochs * len(mini_batches))
+                self.metrics.start_epoch()
+                for mini in mini_batches:
+                    self.metrics.start_step()
+                    grad_norm = self.step(epoch, mini, len(mini_batches))
+                    if grad_norm is None:
+                        return len(self.metrics.grad_norms) / len(mini_batches)
+                    self.metrics.grad_norms.append(grad_norm)
+                    bar.update()
         return len(self.metrics.grad_norms) / len(mini_batches)
 
     def step(

@@ -34,6 +34,7 @@ from .envs.worker import wait_for_any
 from .episodes.episode import Episode
 from .episodes.formatting import pluralize
 from .inference.engine import Engine
+from .progress import ProgressBar
 
 # %% ../nbs/rollout.ipynb #00fdfa47
 class RolloutError(RuntimeError):
@@ -103,8 +104,10 @@ class Rollout(EpisodeBuffer):
 class RolloutLoop:
     "Queues of runners: idle, stepping their environment, or generating a response"
 
-    def __init__(self, runners: Sequence[EpisodeRunner], engine: Engine) -> None:
+    def __init__(self, runners: Sequence[EpisodeRunner], engine: Engine, bar: ProgressBar) -> None:
         self.engine = engine
+        self.bar = bar  # counts episodes
+        self.num_turns = 0
         self.runners = list(runners)
         self.idle = self.runners[::-1]
         self.stepping: list[EpisodeRunner] = []
@@ -142,6 +145,7 @@ class RolloutLoop:
             episode = action()
         except Exception as error:  # environments and users' methods are foreign code
             self.failures.append(self.abandon(runner, error))
+            self.bar.update()
             return
         self.parser_error = runner.parser_error or self.parser_error
         if episode is None:
@@ -152,6 +156,7 @@ class RolloutLoop:
         if runner.snapshots:
             self.snapshots[runner.index] = runner.snapshots
         self.idle.append(runner)
+        self.bar.update()
 
     def abandon(self, runner: EpisodeRunner, error: Exception) -> Failure:
         "Free a runner of its failed episode"
@@ -178,7 +183,9 @@ class RolloutLoop:
             if runner.request.sample is None:
                 self.generating.append(runner)
             else:
+                self.num_turns += 1
                 self.advance(runner, runner.apply_response, self.stepping)
+        self.bar.note(f"{self.num_turns} turns")
 
     def advice_context(self) -> AdviceContext:
         "Return what advice on invalid responses depends on"
@@ -241,6 +248,7 @@ def collect(
     workers: bool | None = None,  # a process for each environment; default: as configured
     frames: bool | int = False,  # render each turn; a number is the longest side, in pixels
     snapshots: bool = False,  # copy the environment before each turn, see `branch`
+    progress: bool | str = True,  # show a bar if it takes long; a text is shown as its name
 ) -> Rollout:
     "Play episodes side by side; warn of those that fail. Raises `RolloutError` if all fail"
     check_counts(1, episodes=episodes, num_envs=num_envs, group_size=group_size)
@@ -264,6 +272,7 @@ def collect(
         )
     cache = FrameCache(256 if frames is True else frames) if frames else None
     engine = engine or agent.engine
+    name = progress if isinstance(progress, str) else "collect"
     before, start = engine.stats.copy(), time.perf_counter()
     runners: list[EpisodeRunner] = []
     with agent.locked():
@@ -274,8 +283,9 @@ def collect(
                         agent, one, engine, workers, cache, snapshots, greedy, top_logprobs
                     )
                 )
-            loop = RolloutLoop(runners, engine)
-            loop.run(range(first, first + episodes), seed, group_size)
+            with ProgressBar(episodes, name, "episode", show=bool(progress)) as bar:
+                loop = RolloutLoop(runners, engine, bar)
+                loop.run(range(first, first + episodes), seed, group_size)
         finally:
             for runner in runners:
                 runner.close()
@@ -426,19 +436,26 @@ def evaluate(
     num_envs: int = 16,  # played side by side
     greedy: bool | None = None,  # only greedy, only sampled, or (default) both
     exact: bool = False,  # compute the greedy return where the task allows it
+    # sampling options instead of those of `agent.config`, such as `agent.policy.sampling_settings`
+    generate: Mapping[str, Any] | None = None,
+    progress: bool = True,  # show a bar if it takes long
 ) -> Evaluation:
-    "Play episodes without training on them"
+    "Play episodes without training on them. Raises `ValueError` for an unknown sampling option"
     check_playable(agent, env)
     seeds = [seeds] if isinstance(seeds, int) else list(seeds)
     if not seeds:
         raise ValueError("seeds=[]: expected at least one")
-    engine = make_engine(agent.policy, agent.config, agent.config.generate, apply_top_k_top_p=True)
+    sampling = agent.config.generate.replace(dict(generate or {}))
+    engine = make_engine(agent.policy, agent.config, sampling, apply_top_k_top_p=True)
     success = agent.bind(env).success
+    name = "evaluate" if progress else False
 
     def play(greedy: bool) -> EvalStats:
-        greedy = greedy or not agent.config.generate.do_sample
+        greedy = greedy or not sampling.do_sample
         rollouts = [
-            collect(agent, env, episodes, num_envs, seed, greedy=greedy, engine=engine)
+            collect(
+                agent, env, episodes, num_envs, seed, greedy=greedy, engine=engine, progress=name
+            )
             for seed in seeds
         ]
         played = [episode for rollout in rollouts for episode in rollout]
@@ -448,11 +465,13 @@ def evaluate(
     def play_greedily() -> EvalStats:
         computable = exact and env is None and isinstance(agent, TaskAgent)
         if computable and is_deterministic(agent):
-            (episode,) = collect(agent, None, 1, 1, seeds[0], greedy=True, engine=engine)
+            (episode,) = collect(
+                agent, None, 1, 1, seeds[0], greedy=True, engine=engine, progress=name
+            )
             estimate = ReturnEstimate(episode.total_reward, 0.0, len(episode), exact=True)
             return EvalStats.from_episodes([episode], success).with_estimate(estimate)
         stats = play(True)
-        estimate = greedy_return(agent) if computable else None
+        estimate = greedy_return(agent, progress=progress) if computable else None
         return stats if estimate is None else stats.with_estimate(estimate)
 
     return Evaluation(

@@ -4,6 +4,7 @@ import functools
 import tempfile
 
 import numpy as np
+import pytest
 import torch
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
@@ -76,6 +77,11 @@ def lake(max_steps: int = 6, **changes) -> Task:
     for name, value in changes.items():
         setattr(task, name, value)
     return task
+
+
+def some(values, quick) -> list:
+    "Return parameters of which only some run by default"
+    return [v if v in quick else pytest.param(v, marks=pytest.mark.slow) for v in values]
 
 
 def lake_agent(policy: Policy, max_steps: int = 6, task: Task | None = None, **options) -> Agent:

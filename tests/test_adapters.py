@@ -7,7 +7,7 @@ import shutil
 import peft
 import pytest
 import torch
-from doubles import lake, perturb
+from doubles import lake, perturb, some
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.config import CordaConfig
 from peft.tuners.lora.corda import preprocess_corda
@@ -86,11 +86,6 @@ def two_players(family="smollm", **black_options):
     truth = {name: logprobs_of_adapter(model, name) for name in ("white", "black")}
     assert_apart(truth["white"], truth["black"])
     return white, black, truth
-
-
-def some(values, quick) -> list:
-    "Return parameters of which only some run by default"
-    return [v if v in quick else pytest.param(v, marks=pytest.mark.slow) for v in values]
 
 
 # Several policies on one model

@@ -363,6 +363,7 @@ run = Trainer(agent, config=TrainerConfig(updates=6, eval_every=0, output_dir={f
 """
 
 
+@pytest.mark.slow
 def test_browser_monitor_without_subshells_disables_its_buttons(page, lab, request, tmp_path):
     """Without subshells, buttons are disabled with a note; curves and the newest episode are shown during the run"""
     folder, address = lab

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from doubles import some
 
 from llamagym.algorithms.registry import ALGORITHMS, as_algorithm
 from llamagym.envs.adapters import episode_seed
@@ -98,7 +99,7 @@ def test_probe_score_is_0_for_random_play_and_1_for_the_optimum(name):
     assert (len(set().union(*seen)) == 1) == (name != "match")
 
 
-@pytest.mark.parametrize("name", PROBES)
+@pytest.mark.parametrize("name", some(PROBES, ["bandit", "delayed", "format", "leave"]))
 def test_probe_is_solved_by_ppo(name):
     """PPO reaches a score of at least 0.95 (0 is random play, 1 the optimum)"""
     attempt = run_probe(name, "ppo", seed=0, updates=60)
@@ -106,33 +107,37 @@ def test_probe_is_solved_by_ppo(name):
     assert attempt.curve[0] < 0.8 and attempt.episodes > 0  # the initial policy was not optimal
 
 
-@pytest.mark.parametrize(
-    "algorithm", ["ppo_token", "ppo_bilevel", "reinforce", "rloo", "grpo", "drgrpo", "gigpo"]
-)
+OTHERS = [name for name in ALGORITHMS if name != "ppo"]
+
+
+@pytest.mark.parametrize("algorithm", some(OTHERS, ["ppo_token", "grpo", "reinforce"]))
 def test_delayed_probe_is_solved_by_every_algorithm(algorithm):
     assert run_probe("delayed", algorithm, seed=1, updates=40).solved
 
 
-@pytest.mark.parametrize("algorithm", sorted(ALGORITHMS))
+@pytest.mark.parametrize("algorithm", some(sorted(ALGORITHMS), ["ppo", "grpo", "reinforce"]))
 def test_invalid_pays_in_no_algorithm(algorithm):
     """The fallback is the best action, and yet the share of invalid responses falls to 0"""
     assert run_probe("fallback", algorithm, seed=1, updates=40).score >= 0.98
 
 
 def test_probe_fails_without_the_ability_it_tests():
-    """A turn's own reward does not credit the first turn; without a critic, truncation counts as termination"""
-    assert (
-        run_probe("bandit", immediate_reward).solved
-        and abs(run_probe("delayed", immediate_reward, updates=6, ppo__kl_coef=0.0).score) < 0.2
-    )
-    stays = run_probe("leave", "reinforce", updates=12)
-    assert stays.score < -1 and stays.curve[-1] < stays.curve[0]
+    "A turn's own reward does not credit the first turn"
+    assert abs(run_probe("delayed", immediate_reward, updates=6, ppo__kl_coef=0.0).score) < 0.2
     agent = probe_agent(PROBES["delayed"], ppo__kl_coef=0.0)
     agent.learner.algorithm = as_algorithm(immediate_reward)
     before = [p.detach().clone() for p in agent.policy.parameters()]
     agent.learner.update(collect(agent, episodes=64, num_envs=32))
     # with zero advantages no weight changes
     assert all(torch.equal(a, b) for a, b in zip(before, agent.policy.parameters()))
+
+
+@pytest.mark.slow
+def test_probe_separates_estimators():
+    "Where a turn's own reward is enough, it suffices; without a critic, truncation is the end"
+    assert run_probe("bandit", immediate_reward).solved
+    stays = run_probe("leave", "reinforce", updates=12)
+    assert stays.score < -1 and stays.curve[-1] < stays.curve[0]
 
 
 def test_probe_bad_input_raises():

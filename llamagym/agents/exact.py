@@ -38,6 +38,7 @@ from ..envs.task import Task, parse_action
 from ..envs.text_env import AsyncTextEnv
 from ..envs.toy_text import TabularPolicy, basic_strategy
 from ..inference.sequence import Sample
+from ..progress import ProgressBar
 
 # %% ../../nbs/agents/exact.ipynb #4fe42814
 def blackjack_return(
@@ -95,7 +96,8 @@ def played_action(
 # %% ../../nbs/agents/exact.ipynb #0f3e1ddb
 def greedy_choices(
     agent: TaskAgent,  # of a Blackjack task
-    batch_size: int = 512,  # conversations decoded at once
+    batch_size: int = 64,  # conversations decoded at once
+    progress: bool = True,  # show a bar for each level that takes long
 ) -> Callable[[list[History]], list[int]]:  # for `blackjack_tree`
     "Return an agent's choices in histories, under greedy decoding"
     task = agent.task
@@ -124,8 +126,12 @@ def greedy_choices(
         "Choose for one level; conversations of levels before the last are dropped"
         for old in [h for h in conversations if histories and len(h) < len(histories[0]) - 1]:
             del conversations[old]
-        batches = range(0, len(histories), batch_size)
-        return [a for i in batches for a in choose_batch(histories[i : i + batch_size])]
+        actions = []
+        with ProgressBar(len(histories), "exact evaluation", "state", progress) as bar:
+            for start in range(0, len(histories), batch_size):
+                actions += choose_batch(histories[start : start + batch_size])
+                bar.update(len(actions) - start)
+        return actions
 
     return choose
 
@@ -214,7 +220,8 @@ def plot_policy(
 # %% ../../nbs/agents/exact.ipynb #0051096e
 def greedy_table(
     agent: TaskAgent,  # of a task whose observations are states, with `context=Window(1)`
-    batch_size: int = 512,  # states asked about at once
+    batch_size: int = 64,  # states asked about at once
+    progress: bool = True,  # show a bar if it takes long
 ) -> TabularPolicy:
     "Return an agent's greedy policy. Raises `ValueError` if it sees more than the newest turn"
     task = agent.task
@@ -228,22 +235,24 @@ def greedy_table(
     text_env = AsyncTextEnv(task, env)
     actions: list[Any] = []
     num_states = int(env.observation_space.n)
-    for start in range(0, num_states, batch_size):
-        states = [
-            TaskState(number, state_info(env, number))
-            for number in range(start, min(start + batch_size, num_states))
-        ]
-        prompts, candidates = [], []
-        for state in states:
-            text_env.obs, text_env.info = state.observation, state.info
-            text = task.format_observation(state.observation, state.info)
-            prompts.append(agent.conversation().add_user(text))
-            candidates.append(agent.candidates_for_env(text_env))
-        samples = greedy_responses(agent, prompts, candidates)
-        actions += [
-            played_action(agent, sample, state, env.action_space)
-            for sample, state in zip(samples, states)
-        ]
+    with ProgressBar(num_states, "exact evaluation", "state", progress) as bar:
+        for start in range(0, num_states, batch_size):
+            states = [
+                TaskState(number, state_info(env, number))
+                for number in range(start, min(start + batch_size, num_states))
+            ]
+            prompts, candidates = [], []
+            for state in states:
+                text_env.obs, text_env.info = state.observation, state.info
+                text = task.format_observation(state.observation, state.info)
+                prompts.append(agent.conversation().add_user(text))
+                candidates.append(agent.candidates_for_env(text_env))
+            samples = greedy_responses(agent, prompts, candidates)
+            actions += [
+                played_action(agent, sample, state, env.action_space)
+                for sample, state in zip(samples, states)
+            ]
+            bar.update(len(states))
     return TabularPolicy(np.array(actions))
 
 # %% ../../nbs/agents/exact.ipynb #c1d00002
@@ -405,6 +414,7 @@ def is_deterministic(
 def greedy_return(
     agent: Agent,
     cutoff: float = 1e-3,  # games of Blackjack that are less probable are sampled
+    progress: bool = True,  # show a bar if it takes long
 ) -> ReturnEstimate | None:  # `None`: only episodes can tell
     "Compute the expected return of an agent's greedy policy in its task"
     if type(agent) not in (TaskAgent, ScoredTaskAgent):
@@ -420,7 +430,7 @@ def greedy_return(
     if isinstance(rules, BlackjackEnv):
         if task.max_steps is not None:
             return None
-        choose = greedy_choices(agent)
+        choose = greedy_choices(agent, progress=progress)
         if not stateless:
             return BlackjackEstimator(choose, rules.sab, rules.natural, cutoff).estimate()
         states = [(t, d, ace) for t in range(4, 22) for d in range(1, 11) for ace in (0, 1)]
@@ -431,6 +441,6 @@ def greedy_return(
             sum(p * value(obs, True) for obs, p in start), 0.0, len(states), exact=True
         )
     if stateless and hasattr(rules, "P"):
-        table = greedy_table(agent)
+        table = greedy_table(agent, progress=progress)
         return ReturnEstimate(policy_value(task, table), 0.0, len(table.actions), exact=True)
     return None

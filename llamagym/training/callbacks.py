@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['CALLBACKS', 'ENTRY_POINT_GROUP', 'NOTEBOOK_DISPLAY', 'RESCORE_EVERY', 'Callback', 'register_callback', 'Display',
-           'Progress', 'as_callback', 'in_notebook', 'default_display', 'Metrics', 'Doctor', 'Anneal', 'Decay']
+           'next_due', 'Progress', 'as_callback', 'in_notebook', 'default_display', 'Metrics', 'Doctor', 'Anneal',
+           'Decay']
 
 # %% ../../nbs/training/callbacks.ipynb #77d112d0
 import json
@@ -79,9 +80,22 @@ class Display(Callback):
     "Base class of callbacks that show the progress of a run; a trainer has one of them"
 
 
+def next_due(
+    every: int,  # updates; 0: never
+    update: int,  # number of updates so far
+    last: int,  # number of updates of the run
+) -> int | None:
+    "Return the update after which something is done next that is done every few updates"
+    if not every or update >= last:
+        return None
+    return min(last, (update // every + 1) * every)
+
+
 @register_callback("progress")
 class Progress(Display):
-    "A progress bar: return, KL to the reference, newest evaluation, episodes that failed"
+    """A progress bar: time left, return, KL to the reference, failed episodes, evaluations
+
+    `next eval` is the time until the next one."""
 
     def __init__(self) -> None:
         self.bar: tqdm | None = None
@@ -97,6 +111,10 @@ class Progress(Display):
         if failed := metrics["failed_episodes"]:
             self.values["failed"] = f"{failed} of {trainer.agent.config.rollout.episodes} episodes"
         self.bar.update()
+        self.values.pop("next eval", None)
+        due = next_due(trainer.config.eval_every, trainer.update, trainer.updates)
+        if due is not None and (rate := self.bar.format_dict["rate"]):
+            self.values["next eval"] = tqdm.format_interval((due - trainer.update) / rate)
         self.bar.set_postfix(self.values)
 
     def on_evaluate(self, trainer: "Trainer", evaluation: Evaluation) -> None:

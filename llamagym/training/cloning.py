@@ -549,12 +549,19 @@ def affordable_episodes(
 def play_games(
     agent: TaskAgent,
     episodes: int,
+    progress: bool,  # show a bar if it takes long
 ) -> EvalStats | None:  # `None` if no game could be played
     "Play games of the agent's task, as the policy samples"
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "none of .* responses held an action")
-            rollout = collect(agent, episodes=episodes, num_envs=episodes, seed=EVALUATION_SEED)
+            rollout = collect(
+                agent,
+                episodes=episodes,
+                num_envs=episodes,
+                seed=EVALUATION_SEED,
+                progress="evaluate" if progress else False,
+            )
     except RolloutError as error:
         warnings.warn(f"the warm start is done, but its return is not known: {error}", stacklevel=3)
         return None
@@ -682,7 +689,7 @@ def clone(
     )
     if isinstance(agent, TaskAgent) and config.probe_episodes:
         episodes = affordable_episodes(config, games, turns / games)
-        result.games = play_games(agent, episodes) if episodes else None
+        result.games = play_games(agent, episodes, progress) if episodes else None
         result.references = dict(agent.task.reference_returns)
     result.seconds = time.perf_counter() - start
     if result.advice:

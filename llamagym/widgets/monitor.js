@@ -519,8 +519,13 @@ class Monitor {
     this.phase.textContent = s.phase;
     this.phase.classList.toggle('warn', s.phase === 'failed' || s.phase === 'paused');
     const spent = s.time.collect + s.time.update + s.time.evaluate;
-    const remaining = formatTime((spent / s.updates_this_run) * (s.updates - s.update));
-    const left = active && s.updates_this_run ? `, about ${remaining} left` : '';
+    const timeTo = (update) => formatTime((spent / s.updates_this_run) * (update - s.update));
+    let left = '';
+    if (active && s.updates_this_run) {
+      left = `, about ${timeTo(s.updates)} left`;
+      if (s.next_evaluation && s.next_evaluation < s.updates)
+        left += `, next evaluation in ${timeTo(s.next_evaluation)}`;
+    }
     this.times.textContent = `update ${s.update} of ${s.updates} · ${formatTime(s.seconds)}${left}`;
     this.done.style.width = `${100 * Math.min(1, s.update / s.updates)}%`;
     this.pause.textContent = this.pausing ? 'resume' : 'pause';

@@ -27,7 +27,14 @@ from ..episodes.episode import Episode
 from ..rollout import Evaluation, Rollout, run_failure_note
 from ..trainer import Trainer
 from ..training.branch import rerender
-from ..training.callbacks import Anneal, Display, Progress, in_notebook, register_callback
+from llamagym.training.callbacks import (
+    Anneal,
+    Display,
+    Progress,
+    in_notebook,
+    next_due,
+    register_callback,
+)
 from .player import EpisodePlayer, allow_messages_from_any_thread, load_script
 
 # %% ../../nbs/widgets/monitor.ipynb #6c3ee07d
@@ -168,6 +175,7 @@ class MonitorWidget(anywidget.AnyWidget):
                 update=0,
                 updates_this_run=0,
                 updates=1,
+                next_evaluation=None,  # update after which the policy is evaluated
                 seconds=0.0,
                 curves=curves([]),
                 evaluations=[],
@@ -359,6 +367,7 @@ def _run_view(trainer: Trainer) -> dict[str, Any]:
         title=title,
         update=trainer.update,
         updates=trainer.updates,
+        next_evaluation=next_due(trainer.config.eval_every, trainer.update, trainer.updates),
         curves=curves(history),
         evaluations=[
             [m["update"], m["eval_return"], m.get("eval_return_ci95", 0.0)]
