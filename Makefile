@@ -3,11 +3,12 @@ PY := .venv/bin/python
 METADATA := settings.ini setup.py pyproject.toml constraints.txt llamagym/__init__.py scripts/make_venv.sh
 NOTEBOOK := nbs/tutorials/01_blackjack.ipynb
 
-.PHONY: help quickstart test test-slow notebooks outputs lab docs readme lint format clean
+.PHONY: help quickstart pretrained test test-slow notebooks outputs lab docs readme lint format clean
 
 help:
 	@echo "make quickstart  train an agent on Blackjack: runs the tutorial notebook, results in runs/quickstart"
 	@echo "make test        run the tests"
+	@echo "make pretrained  fetch a pretrained model of 135M parameters (93 MB), for tutorial 05 and the tests with one"
 	@echo "make lab         open the tutorial in JupyterLab"
 	@echo "make docs        build the HTML site into _site"
 	@echo "make test-slow   run the tests that take minutes"
@@ -24,11 +25,14 @@ help:
 	@touch $@
 
 .venv/.installed-dev: $(METADATA)
-	@sh scripts/make_venv.sh gpu,warmstart,notebook,docs,dev
+	@sh scripts/make_venv.sh gpu,warmstart,gguf,notebook,docs,dev
 	@touch $@ .venv/.installed-quickstart
 
 quickstart: .venv/.installed-quickstart
 	@.venv/bin/llamagym quickstart
+
+pretrained: .venv/.installed-dev
+	$(PY) -c "from llamagym.models.smollm2 import fetch_smollm2; print(fetch_smollm2())"
 
 test: .venv/.installed-dev
 	$(PY) -m pytest tests -n auto --dist loadfile $(ARGS)

@@ -25,9 +25,8 @@ class ProgressBar:
         show: bool = True,
         patience: float = PATIENCE,  # seconds, before which the bar is not shown
     ) -> None:
-        self.bar = tqdm(
-            desc=name, total=total, unit=unit, leave=False, delay=patience, disable=not show
-        )
+        hidden = {} if show else {"disable": True}  # else as the variable TQDM_DISABLE says
+        self.bar = tqdm(desc=name, total=total, unit=unit, leave=False, delay=patience, **hidden)
         self.next_redraw = time.monotonic() + patience
 
     def __enter__(self) -> "ProgressBar":

@@ -503,7 +503,8 @@ class CloneProgress(TrainerCallback):
         self.round_transcripts = 0  # number of transcripts of this round
         self.imitated = 0.0  # transcripts so far, repeats included, weighted by the learning rate
         self.curve: list[ValidShare] = []
-        self.bar = tqdm(desc="clone", unit="step", total=0, disable=not progress)
+        hidden = {} if progress else {"disable": True}  # else as the variable TQDM_DISABLE says
+        self.bar = tqdm(desc="clone", unit="step", total=0, **hidden)
 
     def __enter__(self) -> Self:
         return self
