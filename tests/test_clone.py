@@ -12,10 +12,13 @@ from doubles import config, lake, make_policy, walk_task
 
 from llamagym.agent import Agent
 from llamagym.agents.scored import ScoredAgent
+from llamagym.chat.conversation import Window
 from llamagym.config import LoRAConfig
+from llamagym.envs.actions import DiscreteActions
 from llamagym.envs.adapters import episode_seed
 from llamagym.envs.baselines import RandomAgent, play
 from llamagym.envs.task import Task
+from llamagym.models.policy import Policy
 from llamagym.rollout import collect, evaluate
 from llamagym.training import cloning
 from llamagym.training.clone_result import (
@@ -30,9 +33,11 @@ from llamagym.training.cloning import (
     clone,
     from_messages,
     measuring_plan,
+    random_games,
     rows_per_step,
     sft_columns,
 )
+from llamagym.training.rescoring import score_decisions
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*of the responses are valid after the warm start")
 
@@ -393,3 +398,58 @@ def test_clone_counts_illegal_actions_as_invalid():
     assert probe.count_valid(["Action: 1"] * 60) == legal.count(1) > 0
     changed = [from_messages([dict(role="user", content="Choose."), dict(role="assistant", content="Action: 1")])]  # fmt: skip
     assert ValidityProbe(agent, changed, 4, seed=0).legal_actions == [None] * 4
+
+
+def masked_task(context):
+    "Two actions, of which the second is legal in the first turn of an episode alone"
+
+    class Masked(gym.Env):
+        observation_space = gym.spaces.Discrete(8)
+        action_space = gym.spaces.Discrete(2)
+
+        def reset(self, *, seed=None, options=None):
+            super().reset(seed=seed)
+            self.turn = 0
+            return 0, {"action_mask": np.array([1, 1])}
+
+        def step(self, action):
+            self.turn += 1
+            return self.turn, 0.0, self.turn == 7, False, {"action_mask": np.array([1, 0])}
+
+    actions = DiscreteActions(["stay", "leave"])
+    return Task(
+        Masked,
+        lambda obs, info: f"turn {obs}",
+        actions.extract_action,
+        actions.format_action,
+        context=context,
+    )
+
+
+def test_clone_of_a_scored_agent_makes_seldom_legal_actions_as_likely_as_others():
+    "Random games contain `leave` in 1 of 14 turns; where it is legal, half of the choices are it"
+    agent = ScoredAgent.for_task(masked_task(Window(1)), Policy.load("tiny", seed=0))
+    clone(agent, progress=False)
+    decisions = [
+        decision
+        for decision in score_decisions(agent, [(e, e.turns) for e in collect(agent, episodes=4)])
+        if len(decision.scores) == 2
+    ]
+    assert len(decisions) == 4
+    shares = [float(decision.scores.softmax(-1)[1]) for decision in decisions]
+    assert np.allclose(shares, 0.5, atol=0.15)
+
+
+@pytest.mark.parametrize(
+    "kind,context,redrawn",
+    [(ScoredAgent, Window(1), True), (ScoredAgent, "full", False), (Agent, Window(1), False)],
+)
+def test_clone_leaves_responses_alone_that_a_later_turn_sees(kind, context, redrawn):
+    agent = kind.for_task(masked_task(context), Policy.load("tiny", seed=0))
+    games = random_games(agent, turns=70, seeds=iter(range(100)))
+    later = [turn.response for game in games for turn in game.turns[1:]]
+    assert ("Action: leave" in later) == redrawn
+    again = random_games(agent, turns=70, seeds=iter(range(100)))
+    assert [t.response for g in games for t in g.turns] == [
+        t.response for g in again for t in g.turns
+    ]

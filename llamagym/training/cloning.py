@@ -7,8 +7,8 @@ __all__ = ['SAMPLED_FIELDS', 'TURNS_PER_STEP', 'MAX_ROWS_PER_STEP', 'MEASURE_AT'
            'SELF_PLAY_SEED', 'from_messages', 'as_transcripts', 'transcript_prompt', 'encode', 'sft_columns', 'collate',
            'make_trainer_class', 'quiet_transformers', 'restored_afterwards', 'training_arguments', 'rows_per_step',
            'train_supervised', 'paused_training', 'chooses_candidates', 'restricted_actions_at', 'ValidityProbe',
-           'measuring_plan', 'CloneProgress', 'affordable_episodes', 'play_games', 'random_games', 'clone_rounds',
-           'clone_round', 'clone']
+           'measuring_plan', 'CloneProgress', 'affordable_episodes', 'play_games', 'redraw_responses', 'random_games',
+           'clone_rounds', 'clone_round', 'clone']
 
 # %% ../../nbs/training/cloning.ipynb #10c1e5ac
 import contextlib
@@ -32,8 +32,10 @@ from ..agents.recorder import response_text
 from ..agents.remedies import is_users_parser
 from ..algorithms.advantages import return_to_go
 from ..algorithms.hidden_states import hidden_states
+from ..chat.conversation import Window
 from ..chat.reasoning import encode_response_with_reasoning
 from ..config import WarmstartConfig
+from ..envs.actions import enumerate_actions
 from ..envs.baselines import RandomAgent, play
 from ..envs.task import parse_action
 from ..envs.text_env import TextEnv
@@ -572,6 +574,22 @@ def play_games(
 SELF_PLAY_SEED = 2_000_000  # of random games; neither training nor evaluation plays these
 
 
+def redraw_responses(
+    agent: TaskAgent,
+    games: Sequence[Episode],  # random ones; changed in place
+    seed: int,
+) -> None:
+    "Draw all responses anew from all actions of the task, legal or not, if they can be listed"
+    task = agent.bind()
+    actions = enumerate_actions(task.make().action_space)
+    if actions is None:
+        return
+    responses = [task.format_action(action) for action in actions]
+    rng = np.random.default_rng(seed)
+    for turn in (turn for game in games for turn in game.turns):
+        turn.response = responses[rng.integers(len(responses))]
+
+
 def random_games(
     agent: TaskAgent,
     turns: int,  # at least
@@ -584,7 +602,10 @@ def random_games(
         # A few games show how long they are.
         missing = math.ceil((turns - played) * len(games) / played) if games else 8
         seed = next(seeds)
-        games += play(task, RandomAgent(task, seed), episodes=missing, seed=seed)
+        played_games = play(task, RandomAgent(task, seed), episodes=missing, seed=seed)
+        if chooses_candidates(agent) and agent.conversation().context == Window(1):
+            redraw_responses(agent, played_games, seed)
+        games += played_games
     return games
 
 
