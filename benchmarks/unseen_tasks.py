@@ -141,7 +141,7 @@ PROBLEMS = {
     "lake8": Problem(lambda: frozen_lake(slippery=False, map_name="8x8"), 160),
     "slippery": Problem(frozen_lake, 200),
     "cliff": Problem(cliff_walking, 40),
-    "taxi": Problem(taxi, 100, scored=True),
+    "taxi": Problem(taxi, 60, scored=True),
     "blackjack": Problem(blackjack, 200),
     "guess": Problem(guess_task, 120),
     "sparse": Problem(lambda: lock_task(3, sparse=True), 80),
