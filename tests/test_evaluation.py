@@ -7,7 +7,7 @@ import math
 import gymnasium as gym
 import numpy as np
 import pytest
-from doubles import config, lake, make_policy, walk_task
+from doubles import config, lake, lake_agent, make_policy, walk_task
 
 from llamagym.agent import Agent
 from llamagym.agents.exact import (
@@ -253,3 +253,24 @@ def test_evaluation_before_a_run_is_what_changes_are_measured_from(tmp_path):
     before, after = start.greedy.returns, run.evaluation.greedy.returns
     mean = np.mean([after[seed] - before[seed] for seed in before])
     assert run.history[0]["eval_return_change"] == pytest.approx(mean)
+
+
+def test_evaluation_takes_sampling_options_of_its_own():
+    "With top_k=1, sampling is greedy; the agent's own options stay, also for training"
+    agent = lake_agent(make_policy("plain"))
+    before = agent.config.to_dict()
+    greedy = evaluate(agent, episodes=6, greedy=True).greedy
+    narrow = evaluate(agent, episodes=6, greedy=False, generate={"top_k": 1}).sampled
+    wide = evaluate(agent, episodes=6, greedy=False).sampled
+
+    def responses(stats):
+        return [turn.response for episode in stats.episodes for turn in episode.turns]
+
+    assert responses(narrow) == responses(greedy) != responses(wide)
+    assert agent.config.to_dict() == before
+    agent.policy.causal_lm.generation_config.update(do_sample=True, top_k=1)
+    chosen = evaluate(agent, episodes=6, greedy=False, generate=agent.policy.sampling_settings)
+    assert responses(chosen.sampled) == responses(greedy)
+    assert responses(evaluate(agent, episodes=6, greedy=False).sampled) == responses(wide)
+    with pytest.raises(ValueError, match="min_p"):
+        evaluate(agent, episodes=1, generate={"min_p": 0.1})

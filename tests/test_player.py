@@ -159,7 +159,11 @@ def test_player_pages_escape_text(agent_and_episodes, tmp_path):
         frame=HOSTILE_TEXT,
     )
     episode = Episode(
-        [turn], env_id=HOSTILE_TEXT, system_prompt=HOSTILE_TEXT, final_observation=HOSTILE_TEXT
+        [turn],
+        env_id=HOSTILE_TEXT,
+        system_prompt=HOSTILE_TEXT,
+        demonstrations=[(HOSTILE_TEXT, HOSTILE_TEXT)],
+        final_observation=HOSTILE_TEXT,
     )
     page = (
         EpisodePlayer([episode], labels=[HOSTILE_TEXT])

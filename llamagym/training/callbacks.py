@@ -176,11 +176,16 @@ class Metrics(Callback):
     def on_fit_start(self, trainer: "Trainer") -> None:
         trainer.output_dir.mkdir(parents=True, exist_ok=True)
         self.path = trainer.output_dir / "metrics.jsonl"
-        # Updates after the checkpoint that a run resumes from are made again: drop their lines.
-        self._write(trainer.history, "w")
+        self.continues = False  # has this `fit` written to the file?
 
     def on_log(self, trainer: "Trainer", metrics: dict[str, Any]) -> None:
-        self._write([metrics], "a")
+        if self.continues:
+            self._write([metrics], "a")
+        else:
+            # A `fit` that ends before its first update leaves the file of an earlier run alone.
+            # Updates after the checkpoint that a run resumes from are made again: drop their lines.
+            self._write(trainer.history, "w")
+            self.continues = True
 
     def _write(self, lines: Sequence[dict[str, Any]], mode: str) -> None:
         with self.path.open(mode) as file:

@@ -208,6 +208,7 @@ def episode_data(
         "return": _json_number(episode.total_reward),
         "end": episode_end(episode),
         "system": episode.system_prompt,
+        "demonstrations": [list(shown) for shown in episode.demonstrations],
         "turns": turns,
         "final": episode.final_observation,
         "finalFrame": frames.add(episode.final_frame),

@@ -542,6 +542,18 @@ class EpisodeView {
               h('div', { class: 'plain' }, episode.system),
             ),
           ]),
+      ...(episode.demonstrations?.length
+        ? [
+            h(
+              'details',
+              {},
+              h('summary', {}, `demonstrations (${episode.demonstrations.length})`),
+              ...episode.demonstrations.flatMap((shown) =>
+                shown.map((text) => h('div', { class: 'plain' }, text)),
+              ),
+            ),
+          ]
+        : []),
       ...episode.turns.map((turn, t) => this.turn(turn, t)),
       ...(episode.final == null
         ? []
