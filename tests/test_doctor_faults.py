@@ -28,7 +28,14 @@ from llamagym.training.dependence import (
 )
 from llamagym.training.doctor import CHECKS, diagnose
 from llamagym.training.findings import RunState, adjust, either
-from llamagym.training.rescoring import UpdateObserver, choose_turns, rescore, score_decisions
+from llamagym.training.rescoring import (
+    Decision,
+    Rescoring,
+    UpdateObserver,
+    choose_turns,
+    rescore,
+    score_decisions,
+)
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 import doctor as benchmark  # noqa: E402
@@ -138,6 +145,23 @@ def test_rescoring_explains_a_difference(cause):
         assert found.fitted_temperature == pytest.approx(1.0, rel=0.01)
     assert agent.policy.version == version  # nothing that caches depend on has changed
     assert [p.requires_grad for p in agent.policy.model.parameters()] == required
+
+
+@pytest.mark.parametrize(
+    "distinct,explanation", [(1, "unknown"), (2, "unknown"), (3, "temperature")]
+)
+def test_temperature_explains_only_what_a_single_decision_could_not(distinct, explanation):
+    "Of 20 decisions 16 are certain, the others are scored at temperature 0.7"
+    rng = np.random.default_rng(0)
+    uncertain = torch.tensor(rng.normal(size=(distinct, 5)), dtype=torch.float32)
+    decisions = [Decision(torch.tensor([50.0, 0, 0, 0, 0]), 0, 0.0, i) for i in range(16)]
+    for i in range(4):
+        scores = uncertain[i % distinct]
+        recorded = float((scores / 0.7).log_softmax(-1)[1])
+        decisions.append(Decision(scores, 1, recorded, 16 + i))
+    found = Rescoring(decisions, temperature=1.0, tolerance=1e-3)
+    assert found.fitted_temperature == pytest.approx(0.7, rel=0.01)
+    assert (found.num_different, found.explanation) == (distinct, explanation)
 
 
 def test_observer_sees_which_weights_an_update_changes():

@@ -215,6 +215,13 @@ class Rescoring:
         "Whether the sampler recorded the plain model's log-probabilities"
         return self.difference <= self.tolerance
 
+    @property
+    def num_different(self) -> int:
+        "Number of distinct decisions on which both differ: a temperature explains any single one"
+        both = np.stack([self.logprobs(self.temperature), self.recorded], 1)
+        differ = np.abs(both[:, 0] - both[:, 1]) > self.tolerance
+        return len(np.unique(both[differ].round(4), axis=0))
+
     def explains(self, difference: float) -> bool:
         "Return whether a mean difference in nats is small enough for an explanation"
         return difference <= max(self.tolerance, EXPLAINED * self.difference)
@@ -253,9 +260,8 @@ class Rescoring:
             if self.explains(_mean_difference(logprobs, self.recorded)):
                 return name
         fitted = self.logprobs(self.fitted_temperature)
-        return (
-            "temperature" if self.explains(_mean_difference(fitted, self.recorded)) else "unknown"
-        )
+        explained = self.explains(_mean_difference(fitted, self.recorded))
+        return "temperature" if explained and self.num_different >= 3 else "unknown"
 
 # %% ../../nbs/training/rescoring.ipynb #83b1f098
 def tolerance_of(
