@@ -104,9 +104,14 @@ class Rollout(EpisodeBuffer):
 class RolloutLoop:
     "Queues of runners: idle, stepping their environment, or generating a response"
 
-    def __init__(self, runners: Sequence[EpisodeRunner], engine: Engine, bar: ProgressBar) -> None:
+    def __init__(
+        self,
+        runners: Sequence[EpisodeRunner],
+        engine: Engine,
+        bar: ProgressBar | None = None,  # counts episodes
+    ) -> None:
         self.engine = engine
-        self.bar = bar  # counts episodes
+        self.bar = bar or ProgressBar(0, "collect", "episode", show=False)
         self.num_turns = 0
         self.runners = list(runners)
         self.idle = self.runners[::-1]
