@@ -273,7 +273,8 @@ def look_text(
     from llamagym.agent import Agent
     from llamagym.config import Config
     from llamagym.envs.registry import get_task
-    from llamagym.models.policy import Policy, is_saved_policy
+    from llamagym.models.policy import Policy
+    from llamagym.models.policy_files import is_saved_policy
     from llamagym.training.first_look import first_look
 
     task = get_task(env)
