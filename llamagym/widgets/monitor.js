@@ -357,7 +357,8 @@ class Chart {
   referenceLines(references) {
     const x = this.width - MARGIN.right;
     return references.flatMap(([name, v]) => {
-      const fitsAbove = this.y(v) > MARGIN.top + 12;
+      const isClose = ([, w]) => w > v && this.y(v) - this.y(w) < 14;
+      const fitsAbove = this.y(v) > MARGIN.top + 12 && !references.some(isClose);
       const y = fitsAbove ? this.y(v) - 3 : this.y(v) + 10;
       return [
         this.horizontalLine(v, { stroke: 'var(--soft)', 'stroke-dasharray': '4 3' }),
