@@ -70,7 +70,13 @@ class Problem:
     greedy_return: Callable[[Agent], float] = exact_return
 
 
-SHORT = {"generate.max_new_tokens": 8, "warmstart.random_turns": 256, "warmstart.epochs": 2}
+SHORT = {
+    "generate.max_new_tokens": 8,
+    # one round: reinforcement learning goes on teaching the format
+    "warmstart.random_turns": 256,
+    "warmstart.max_random_turns": 256,
+    "warmstart.epochs": 2,
+}
 TASKS = {
     "guess": Problem(lambda: guess_number(1, 15, 4), 45, 0.90, SHORT, guess_return),
     "blackjack": Problem(blackjack, 90, -0.0793, SHORT),
