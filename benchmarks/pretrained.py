@@ -98,7 +98,7 @@ class Deadline(Callback):
     def on_update_end(self, trainer: Trainer, metrics: dict) -> None:
         now = time.monotonic()
         each = (now - self.updates_began) / trainer.update
-        trainer.updates = trainer.update + int((self.end - now) / each)
+        trainer.updates = trainer.update + max(0, int((self.end - now) / each))
         minutes = (now - self.began) / 60
         row = [metrics[key] for key in ("episodes", "mean_return", "invalid_rate", "ref_kl")]
         self.curve.append([round(value, 4) for value in (minutes, *row)])

@@ -33,6 +33,7 @@ from llamagym.training.callbacks import (
     Metrics,
     as_callback,
     default_display,
+    next_due,
 )
 from .training.checkpoints import Checkpoint
 from .training.cloning import chooses_candidates
@@ -179,7 +180,7 @@ def _warn_if_done(update: int, updates: int) -> None:
 
 def _is_due(every: int, update: int, last: int) -> bool:
     "Test whether something that is done every few updates is due after this one"
-    return every > 0 and (update % every == 0 or update == last)
+    return next_due(every, update - 1, last) == update
 
 # %% ../nbs/trainer.ipynb #86a8f901
 MIN_JUDGED_RESPONSES = 8  # to judge by

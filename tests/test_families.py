@@ -261,7 +261,7 @@ def test_nf4_of_stacked_experts_is_refused(tmp_path):
 @pytest.mark.parametrize("family", MIXTURES_OF_EXPERTS)
 def test_adapters_leave_experts_of_families_alone(family):
     """By default; the adapted layers are those of the attention, or stand in its place"""
-    assert has_experts(family_model(family))
+    assert has_experts(family_model(family)) and len(MIXTURES_OF_EXPERTS) >= 10
     model = add_lora(family_model(family), LoRAConfig(r=2))
     adapted = {name for name, p in model.named_parameters() if p.requires_grad}
     assert adapted

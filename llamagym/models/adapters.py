@@ -318,8 +318,10 @@ class Adapter:
         name: str | None,  # of this adapter or of a copy of it; `None`: the base alone
     ) -> None:
         "Let the model compute with an adapter"
-        self.parameters()  # unfreezes them
-        if self.is_active(name):
+        is_active = self.is_active(name)
+        if not is_active or torch.is_grad_enabled():
+            self.parameters()  # unfreezes them
+        if is_active:
             return
         if name is not None and name not in self.model.peft_config:
             raise ValueError(
