@@ -8,11 +8,16 @@ __all__ = ['MAX_FAILED', 'MIN_ALTERNATIVES', 'MAX_UNCHANGED', 'MAX_LOGPROB_GAP',
 # %% ../../nbs/training/fault_checks.ipynb #82a0a3f2
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import product
 
 import numpy as np
 
-from ..algorithms.advantages import return_to_go, turn_gae
+from llamagym.algorithms.advantages import (
+    return_to_go,
+    subtract_observation_baseline,
+    turn_gae,
+)
 from ..episodes.episode import Episode
 from .dependence import END, alignment, effects_of, reward_dependences
 from .findings import RunState, adjust, check, either
@@ -181,14 +186,24 @@ def _misplaced_rewards(state: RunState) -> str | None:
     )
 
 # %% ../../nbs/training/fault_checks.ipynb #937db5e7
-def _expected_advantages(state: RunState, episode: Episode) -> np.ndarray:  # float64 [T]
-    "Estimate advantages from the rewards and values of an episode's turns"
-    credit, rewards = state.config.credit, episode.rewards
-    bootstrap = 0.0 if episode.terminated else episode.final_value or 0.0
-    values = [turn.value for turn in episode.turns]
-    if any(value is None for value in values):
-        return return_to_go(rewards, credit.gamma, bootstrap)
-    return turn_gae(rewards, values, credit.gamma, credit.gae_lambda, bootstrap)[0]
+def _expected_advantages(
+    state: RunState, episodes: Sequence[Episode]
+) -> list[list[float]]:  # E vectors [T]
+    "Estimate advantages from the rewards and values of the turns of episodes"
+    credit, expected = state.config.credit, []
+    for episode in episodes:
+        bootstrap = 0.0 if episode.terminated else episode.final_value or 0.0
+        values = [turn.value for turn in episode.turns]
+        if any(value is None for value in values):
+            advantages = return_to_go(episode.rewards, credit.gamma, bootstrap)
+        else:
+            discounts = credit.gamma, credit.gae_lambda
+            advantages, _ = turn_gae(episode.rewards, values, *discounts, bootstrap)
+        turns = [replace(t, advantage=float(a)) for t, a in zip(episode.turns, advantages)]
+        expected.append(replace(episode, turns=turns))
+    if state.algorithm.needs_critic and credit.observation_baseline is not None:
+        subtract_observation_baseline(expected, credit.observation_baseline)
+    return [[turn.advantage for turn in episode.turns] for episode in expected]
 
 
 def _fisher(correlation: float) -> float:
@@ -207,7 +222,7 @@ def _misplaced_advantages(state: RunState) -> str | None:
         if episode.turns and all(turn.advantage is not None for turn in episode.turns)
     ]
     assigned = [[turn.advantage for turn in episode.turns] for episode in episodes]
-    found = alignment(assigned, [_expected_advantages(state, episode) for episode in episodes])
+    found = alignment(assigned, _expected_advantages(state, episodes))
     own, num_turns = found[0]
     lag = max((1, -1), key=lambda lag: found[lag][0])
     z = (_fisher(found[lag][0]) - _fisher(own)) * np.sqrt(num_turns / 2)
