@@ -34,6 +34,7 @@ from llamagym.rollout import collect
 NEW_TOKENS = 8
 ENVS = 32
 MINI_BATCH = 16  # turns of an optimizer step
+PAIRS = {"rollouts": ("collect", "generate"), "updates": ("update", "padded update")}
 
 
 class Generate(Naive):
@@ -54,9 +55,7 @@ class Generate(Naive):
             top_k=0,
         )
         eos = self.tokenizer.eos_token_id
-        return [
-            row[: row.index(eos) + 1] if eos in row else row for row in out[:, width:].tolist()
-        ]
+        return [row[: row.index(eos) + 1] if eos in row else row for row in out[:, width:].tolist()]
 
     def act(self, env, conversation, response):
         "Step with the response's action or, if it is invalid, with any that is legal"
@@ -127,9 +126,7 @@ class PaddedUpdate:
                 advantages, [len(turn.response_ids) for e in mini for turn in e.turns]
             )
             advantage = torch.tensor(of_token, dtype=torch.float32)
-            old = torch.tensor(
-                np.concatenate([turn.logprobs for e in mini for turn in e.turns])
-            )
+            old = torch.tensor(np.concatenate([turn.logprobs for e in mini for turn in e.turns]))
             log_dist, predicted = self.forward(batch)
             ratio = (log_dist.gather(-1, tokens[:, None]).squeeze(-1) - old).exp()
             surrogate = torch.maximum(-advantage * ratio, -advantage * ratio.clamp(0.8, 1.2))
@@ -170,29 +167,22 @@ def main() -> int:
     clone(agent, progress=False)
     generate = Generate(policy.model, policy.tokenizer, agent.task)
     padded = PaddedUpdate(policy)
-    rates: dict[str, list[float]] = {}
-
-    def measure(name: str, work, turns_of=None) -> list[Episode]:
-        "Measure the turns per CPU second of a piece of work, and return what it returns"
-        with Clock() as clock:
-            result = work()
-        turns = result if isinstance(result, int) else sum(map(len, turns_of or result))
-        rates.setdefault(name, []).append(turns / clock.cpu)
-        return result
-
+    rates: dict[str, list[float]] = {name: [] for pair in PAIRS.values() for name in pair}
     count = arguments.episodes
     for seed in range(arguments.rounds):
-        episodes = measure(
-            "collect", lambda: collect(agent, episodes=count, num_envs=ENVS, seed=seed)
-        )
-        measure("generate", lambda: generate.batch(1000 * seed, count))
-        measure("update", lambda: agent.learner.update(episodes), episodes)
-        measure("padded update", lambda: padded.update(episodes), episodes)
+        with Clock() as clock:
+            episodes = collect(agent, episodes=count, num_envs=ENVS, seed=seed)
+        turns = sum(map(len, episodes))
+        rates["collect"].append(turns / clock.cpu)
+        with Clock() as clock:
+            played = generate.batch(1000 * seed, count)
+        rates["generate"].append(played / clock.cpu)
+        for name, update in (("update", agent.learner.update), ("padded update", padded.update)):
+            with Clock() as clock:
+                update(episodes)
+            rates[name].append(turns / clock.cpu)
     lines = []
-    for name, ours, other in (
-        ("rollouts", "collect", "generate"),
-        ("updates", "update", "padded update"),
-    ):
+    for name, (ours, other) in PAIRS.items():
         ratios = sorted(a / b for a, b in zip(rates[ours], rates[other]))
         lines.append(
             dict(
@@ -205,7 +195,9 @@ def main() -> int:
             )
         )
     print(table(lines, dict(work="", this=".2f", plain=".2f", ratio=".2f", low=".2f", high=".2f")))
-    print(f"turns per CPU second; {time.perf_counter() - began:.0f} s in all, torch {torch.__version__}")
+    print(
+        f"turns per CPU second; {time.perf_counter() - began:.0f} s in all, torch {torch.__version__}"
+    )
     return 0
 
 

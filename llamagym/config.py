@@ -404,6 +404,10 @@ PRETRAINED = {
     "ppo.early_stop_kl": 0.05,
     "ppo.final_learning_rate": 0.1,
     "ppo.final_kl_coef": 0.2,
+    "warmstart.epochs": 2,
+    "warmstart.random_turns": 256,
+    "warmstart.max_random_turns": 4096,
+    "warmstart.min_valid_rate": 0.7,
 }
 SMALL_SIZE = 10_000_000  # parameters, below which a model is small
 
