@@ -5,9 +5,12 @@
     python benchmarks/pretrained.py --task guess --seeds 1 --minutes 3    # a look
 
 A run is `Agent.for_task(task, policy)`, `clone(agent)`, which imitates random play and nothing else, and
-`Trainer(agent).fit(...)`, with the defaults for pretrained models and the options in `TASKS`. Loading and
+`Trainer(agent).fit(...)`, with the defaults for pretrained models and the options in `LEARN`. Loading and
 the warm start are part of its time; the evaluation at the end is not. The number of updates follows from
 how long updates take, and learning rates fall over that number.
+
+The adapters are in the upper half of the layers, so that the backward pass ends there; weights are bfloat16,
+which newer CPUs compute faster (float32 with --dtype float32).
 
 Rows are appended to the output as runs finish; rows in it are not run again. A row has the curve: minutes,
 episodes, mean return of the sampled episodes, share of invalid responses.
@@ -20,15 +23,16 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+from peft import LoraConfig
 from resumable import run
 
 from llamagym import (
     Agent,
     Config,
-    LoRAConfig,
     Policy,
     Trainer,
     blackjack,
@@ -61,26 +65,36 @@ def guess_return(agent: Agent) -> float:
 
 @dataclass(frozen=True)
 class Problem:
-    "A task, the time for a run, and the options that differ from the defaults"
+    "A task, the time for a run, and what it should come to"
 
     task: Callable[[], Task]
     minutes: float
     bar: float  # greedy return that is asked for
-    options: dict = field(default_factory=dict)
     greedy_return: Callable[[Agent], float] = exact_return
 
 
-SHORT = {
+ADAPTERS = LoraConfig(
+    r=16,
+    lora_alpha=32,
+    task_type="CAUSAL_LM",
+    layers_to_transform=list(range(15, 30)),  # of 30
+    target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+)
+LEARN = {
     "generate.max_new_tokens": 8,
-    # one round: reinforcement learning goes on teaching the format
-    "warmstart.random_turns": 256,
-    "warmstart.max_random_turns": 256,
-    "warmstart.epochs": 2,
+    "rollout.num_envs": 64,
+    "credit.observation_baseline": 4.0,
+    "ppo.epochs": 1,  # an epoch takes longer than new episodes
+    "ppo.mini_batch_size": 32,
+    "ppo.learning_rate": 5e-4,
+    "ppo.critic_learning_rate": 5e-3,
+    "ppo.final_learning_rate": 0.2,
+    "ppo.kl_coef": 0.02,
 }
 TASKS = {
-    "guess": Problem(lambda: guess_number(1, 15, 4), 45, 0.90, SHORT, guess_return),
-    "blackjack": Problem(blackjack, 90, -0.0793, SHORT),
-    "frozenlake": Problem(lambda: frozen_lake(slippery=False), 60, 0.95, SHORT),
+    "guess": Problem(lambda: guess_number(1, 15, 4), 45, 0.90, guess_return),
+    "blackjack": Problem(blackjack, 90, -0.0793),
+    "frozenlake": Problem(lambda: frozen_lake(slippery=False), 60, 0.95),
 }
 
 
@@ -104,14 +118,21 @@ class Deadline(Callback):
         self.curve.append([round(value, 4) for value in (minutes, *row)])
 
 
-def train(output: Path, name: str, seed: int, quantize: str, minutes: float, options: str):
+def train(
+    output: Path, name: str, seed: int, quantize: str, dtype: str, minutes: float, options: str
+) -> list[dict]:
     "Run one seed, and return its row"
     warnings.simplefilter("ignore")
     problem, began = TASKS[name], time.monotonic()
     policy = Policy.load(
-        fetch_smollm2(), quantize=quantize or None, lora=LoRAConfig(r=16), device="cpu", seed=seed
+        fetch_smollm2(),
+        quantize=quantize or None,
+        lora=ADAPTERS,
+        device="cpu",
+        dtype=dtype,
+        seed=seed,
     )
-    config = Config.for_model(policy).replace(problem.options | json.loads(options))
+    config = Config.for_model(policy).replace(LEARN | json.loads(options))
     agent = Agent.for_task(problem.task(), policy, config=config)
     agent.config.trainer.seed = seed
     warm = clone(agent)
@@ -123,7 +144,7 @@ def train(output: Path, name: str, seed: int, quantize: str, minutes: float, opt
         checkpoint_every=0,
         seed=seed,
         stop_if_invalid=1,
-        output_dir=str(output / "runs" / f"{name}-{seed}-{quantize or 'float32'}"),
+        output_dir=str(output / "runs" / f"{name}-{seed}-{quantize or dtype}"),
     )
     Trainer(agent, callbacks=[deadline], config=length).fit()
     spent = (time.monotonic() - began) / 60
@@ -133,6 +154,8 @@ def train(output: Path, name: str, seed: int, quantize: str, minutes: float, opt
             task=name,
             seed=seed,
             quantize=quantize,
+            dtype=dtype,
+            threads=torch.get_num_threads(),
             limit=minutes,
             options=options,
             warm_minutes=round(warm_minutes, 2),
@@ -147,13 +170,13 @@ def train(output: Path, name: str, seed: int, quantize: str, minutes: float, opt
 
 
 def job_of(row: dict) -> tuple:
-    return row["task"], row["seed"], row["quantize"], row["limit"], row["options"]
+    return tuple(row[key] for key in ("task", "seed", "quantize", "dtype", "limit", "options"))
 
 
 def describe(row: dict) -> str:
     curve = row["curve"]
     return (
-        f"{row['task']:10} seed {row['seed']} {row['quantize'] or 'float32'}: greedy {row['greedy']:.4f}, "
+        f"{row['task']:10} seed {row['seed']} {row['quantize'] or row['dtype']}: greedy {row['greedy']:.4f}, "
         f"sampled {row['sampled']:.4f}, invalid {row['invalid']:.3f} after {row['minutes']:.1f} min "
         f"(warm start {row['warm_minutes']:.1f} min, {row['warm_valid']:.0%} valid), {len(curve)} updates, "
         f"{curve[-1][1]:.0f} episodes"
@@ -167,8 +190,8 @@ def table(rows: list[dict]) -> str:
         "|---" * 9 + "|",
     ]
     for name in TASKS:
-        for quantize in ("", "nf4"):
-            mine = [r for r in rows if (r["task"], r["quantize"]) == (name, quantize)]
+        for weights in ("bfloat16", "float32", "nf4"):
+            mine = [r for r in rows if (r["task"], r["quantize"] or r["dtype"]) == (name, weights)]
             if not mine:
                 continue
             greedy = [r["greedy"] for r in mine]
@@ -177,7 +200,7 @@ def table(rows: list[dict]) -> str:
                 for key in ("sampled", "invalid", "minutes")
             }
             lines.append(
-                f"| {name} | {quantize or 'float32'} | {statistics.median(greedy):.4f} "
+                f"| {name} | {weights} | {statistics.median(greedy):.4f} "
                 f"[{min(greedy):.4f}, {max(greedy):.4f}] | {TASKS[name].bar} | {middle['sampled']:.4f} "
                 f"| {middle['invalid']:.3f} | {middle['minutes']:.1f} "
                 f"| {statistics.median(r['curve'][-1][1] for r in mine):.0f} | {len(mine)} |"
@@ -191,7 +214,10 @@ def main() -> int:
     )
     parser.add_argument("--task", default=",".join(TASKS), help="(default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=3, help="(default: %(default)s)")
-    parser.add_argument("--quantize", default="", help="nf4 for 4-bit weights (default: float32)")
+    parser.add_argument("--quantize", default="", help="nf4 for 4-bit weights (default: none)")
+    parser.add_argument(
+        "--dtype", default="bfloat16", help="of weights, or of what is computed with 4-bit weights"
+    )
     parser.add_argument("--minutes", type=float, default=0, help="of a run (default: the task's)")
     parser.add_argument("--set", default="{}", help="options to try, as JSON (default: none)")
     parser.add_argument("--output", type=Path, default=Path("runs/pretrained"))
@@ -200,7 +226,7 @@ def main() -> int:
     if unknown := [name for name in names if name not in TASKS]:
         parser.error(f"unknown tasks {', '.join(unknown)}: expected some of {', '.join(TASKS)}")
     jobs = [
-        (name, seed, arguments.quantize, arguments.minutes, arguments.set)
+        (name, seed, arguments.quantize, arguments.dtype, arguments.minutes, arguments.set)
         for seed in range(arguments.seeds)
         for name in names
     ]
