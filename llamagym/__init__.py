@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from .envs.toy_text import blackjack, cliff_walking, frozen_lake, taxi
     from .episodes.episode import Episode
     from .models.policy import Policy
+    from .models.smollm2 import fetch_smollm2
     from .rollout import collect, evaluate
     from .trainer import Trainer
     from .training.branch import branch
@@ -70,6 +71,7 @@ __all__ = [
     "clone",
     "collect",
     "evaluate",
+    "fetch_smollm2",
     "find_tutorial",
     "first_look",
     "frozen_lake",
@@ -99,6 +101,7 @@ _MODULE_OF = {
     "Episode": "episodes.episode",
     "EpisodeBuffer": "buffer",
     "Window": "chat.conversation",
+    "fetch_smollm2": "models.smollm2",
     "find_tutorial": "cli",
     "Config": "config",
     "LoRAConfig": "config",
